@@ -1,0 +1,124 @@
+"""Depthwise causal convolution over time, a few taps long."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from gla_jax.array_types import Array, Ids
+from gla_jax.nn.sharding import parameter
+
+__all__ = ["ShortConvolution"]
+
+
+class ShortConvolution(nnx.Module):
+    """A causal depthwise convolution, y_t = act(sum_{j < w} W[w-1-j] * x_{t-j} + b), one filter a channel.
+
+    Tokens of another segment count as zero: x_{t-j} enters only if no change of segment id lies between t-j and t.
+    It is computed as w shifted multiply-adds, which on CPUs takes a fraction of the time of a grouped convolution.
+
+    Args:
+      channels: number of channels c.
+      size: number of taps w >= 1; W is [w, c], its last row multiplies the current token.
+      bias: whether b [c] exists; it starts at 0. W starts uniform in +-1/sqrt(w).
+      activation: whether act is silu (else the identity).
+      axis: logical sharding name of the channels.
+      dtype: computed in; None for the input's.
+      param_dtype: of W and b.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int = 4,
+        *,
+        bias: bool = False,
+        activation: bool = True,
+        axis: str | None = "heads",
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if size < 1:
+            raise ValueError(f"size: a convolution needs at least one tap, got {size}")
+        self.channels, self.size, self.activation, self.dtype = channels, size, activation, dtype
+        bound = size**-0.5
+
+        def uniform(key: Array, shape: tuple[int, ...], param_dtype: Any) -> Array:
+            return jax.random.uniform(key, shape, param_dtype, -bound, bound)
+
+        self.kernel = parameter(uniform, (size, channels), (None, axis), param_dtype=param_dtype, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.bias = (
+            parameter(zeros, (channels,), (axis,), param_dtype=param_dtype, rngs=rngs) if bias else nnx.data(None)
+        )
+
+    def init_cache(self, batch_size: int) -> Float[Array, "b w1 c"]:
+        """The w - 1 inputs before the first token, [b, w-1, c]: zeros."""
+        return jnp.zeros((batch_size, self.size - 1, self.channels), self.dtype or self.kernel.dtype)
+
+    def __call__(self, x: Float[Array, "b t c"], segment_ids: Ids | None = None) -> Float[Array, "b t c"]:
+        """Convolve x [b, t, c] over time; segment_ids [b, t] as in `gated_linear_attention`."""
+        past = jnp.zeros((x.shape[0], self.size - 1, x.shape[2]), x.dtype)
+        return self._convolve(x, past, segment_ids)
+
+    def prefill(
+        self, x: Float[Array, "b t c"], cache: Float[Array, "b w1 c"], segment_ids: Ids | None = None
+    ) -> tuple[Float[Array, "b t c"], Float[Array, "b w1 c"]]:
+        """Convolve x [b, t, c] after the inputs in the cache; returns y and the cache after each row's last token.
+
+        Negative segment ids (padding) may lie at the left of a row whose cache is still empty, and at the right of any.
+        """
+        y = self._convolve(x, cache, segment_ids)
+        past = self.size - 1
+        history = jnp.concatenate([cache.astype(x.dtype), x], 1)
+        if segment_ids is None:
+            return y, history[:, history.shape[1] - past :].astype(cache.dtype)
+        # Position in history of each row's last token (one before its start if it has none), and its w - 1 inputs.
+        t = jnp.arange(x.shape[1])
+        last = past + jnp.max(jnp.where(segment_ids >= 0, t, -1), axis=1)
+        index = last[:, None] + jnp.arange(1 - past, 1)
+        segments = jnp.pad(_segments(segment_ids), ((0, 0), (past, 0)))
+        own = jnp.take_along_axis(segments, index, 1) == jnp.take_along_axis(segments, last[:, None], 1)
+        kept = jnp.take_along_axis(history, index[..., None], 1)
+        return y, jnp.where(own[..., None], kept, 0).astype(cache.dtype)
+
+    def step(
+        self, x: Float[Array, "b c"], cache: Float[Array, "b w1 c"]
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b w1 c"]]:
+        """One token x [b, c] after the inputs in the cache."""
+        window = jnp.concatenate([cache.astype(x.dtype), x[:, None]], 1)
+        y = jnp.sum(window * self._taps(x.dtype), 1)
+        return self._finish(y, x.dtype), window[:, 1:].astype(cache.dtype)
+
+    def _taps(self, dtype: Any) -> Float[Array, "w c"]:
+        return self.kernel[...].astype(self.dtype or dtype)
+
+    def _finish(self, y: Array, dtype: Any) -> Array:
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)
+        return (jax.nn.silu(y) if self.activation else y).astype(self.dtype or dtype)
+
+    def _convolve(self, x: Array, past: Array, segment_ids: Ids | None) -> Array:
+        taps, length = self._taps(x.dtype), x.shape[1]
+        history = jnp.concatenate([past.astype(x.dtype), x], 1)
+        segments = None if segment_ids is None else jnp.pad(_segments(segment_ids), ((0, 0), (self.size - 1, 0)))
+        y = x * taps[-1]
+        for j in range(1, self.size):
+            start = self.size - 1 - j
+            shifted = history[:, start : start + length]
+            if segments is not None:
+                same = segments[:, start : start + length] == segments[:, self.size - 1 :]
+                shifted = jnp.where(same[..., None], shifted, 0)
+            y = y + shifted * taps[-1 - j]
+        return self._finish(y, x.dtype)
+
+
+def _segments(segment_ids: Ids) -> Ids:
+    """Number the runs of equal ids in each row; the first run that is not padding gets 0, where a cache continues."""
+    change = segment_ids[:, 1:] != segment_ids[:, :-1]
+    runs = jnp.pad(jnp.cumsum(change, 1), ((0, 0), (1, 0)))
+    first = jnp.min(jnp.where(segment_ids >= 0, runs, runs.shape[1]), axis=1, keepdims=True)
+    return runs - first

@@ -1,0 +1,149 @@
+"""The language model: embedding, a stack of blocks under a scan, norm, logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from gla_jax.array_types import Array, Ids
+from gla_jax.nn.block import GLABlock
+from gla_jax.nn.config import GLAConfig
+from gla_jax.nn.norm import RMSNorm
+from gla_jax.nn.sharding import embedding, linear
+
+__all__ = ["GLAForCausalLM"]
+
+
+class GLAForCausalLM(nnx.Module):
+    """A causal language model of GLA blocks (arXiv 2312.06635, section 4.4).
+
+        logits = norm(blocks(E[tokens])) W        (W = E^T if config.tie_embeddings)
+
+    The parameters of all blocks are stacked on a leading "layers" axis and the blocks run under a scan, so compile time
+    does not grow with depth. Logits are float32 whatever `config.dtype` is.
+
+    The recurrent cache is a plain pytree, the stacked caches of the blocks; `prefill` then `step`s give the logits of
+    one call over the whole sequence. Its size does not depend on how much it has seen.
+
+    Args:
+      config: shapes, options and dtypes.
+    """
+
+    def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        weights = {"init_std": config.init_std, **common}
+        self.embed = embedding(config.vocab_size, config.hidden_size, **weights)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs: nnx.Rngs) -> GLABlock:
+            return GLABlock(config, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
+        self.lm_head = nnx.data(None)
+        if not config.tie_embeddings:
+            self.lm_head = linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), **weights)
+
+    def __call__(self, tokens: Int[Array, "b t"], segment_ids: Ids | None = None) -> Float[Array, "b t vocab"]:
+        """Logits [b, t, vocab], float32, of the token after each of tokens [b, t].
+
+        Args:
+          tokens: [b, t], in 0 <= token < vocab_size (not checked: other values are clamped).
+          segment_ids: [b, t]; at any change of id a new document starts that sees nothing of the one before, and
+            negative ids are padding, which no other token sees. Padding must not lie inside a document.
+        """
+        return self.logits(self.hidden(tokens, segment_ids))
+
+    def hidden(self, tokens: Int[Array, "b t"], segment_ids: Ids | None = None) -> Float[Array, "b t d"]:
+        """The normalised activations [b, t, d] that `logits` reads: for a loss that never holds all logits at once."""
+
+        def run(x: Array, block: GLABlock) -> tuple[Array, None]:
+            return block(x, segment_ids), None
+
+        x, _ = self._scan(run, self._embed(tokens))
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
+        """Float32 logits [..., vocab] from what `hidden` returns."""
+        if self.lm_head is None:
+            weight = self.embed.embedding[...].astype(hidden.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        weight = self.lm_head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch_size: int) -> Any:
+        """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""
+
+        def of_layer(block: GLABlock) -> Any:
+            return block.init_cache(batch_size)
+
+        graphdef, params = nnx.split(self.layers)
+        shapes = jax.eval_shape(lambda p: of_layer(nnx.merge(graphdef, p)), jax.tree.map(lambda p: p[0], params))
+        return jax.tree.map(lambda s: jnp.zeros((self.config.num_layers, *s.shape), s.dtype), shapes)
+
+    def prefill(
+        self, tokens: Int[Array, "b t"], cache: Any, segment_ids: Ids | None = None
+    ) -> tuple[Float[Array, "b vocab"], Any]:
+        """Read tokens [b, t] after what the cache has seen, in parallel over time.
+
+        Args:
+          tokens: [b, t].
+          cache: from `init_cache`, `prefill` or `step`.
+          segment_ids: [b, t]; a negative id is padding, anywhere: prompts of different lengths stand in one batch, at
+            either side. Other ids as in a call; the cache enters the first segment and is that of the last.
+
+        Returns:
+          Logits [b, vocab] after the last token of each row that is not padding, and the cache there. A row of nothing
+          but padding keeps its cache; its logits mean nothing.
+        """
+        last = jnp.full((tokens.shape[0],), tokens.shape[1] - 1)
+        if segment_ids is not None:
+            # Padding goes to the right: then every token's neighbours, for the convolutions, are its document's own.
+            order = jnp.argsort(segment_ids < 0, axis=1, stable=True)
+            tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
+            last = jnp.maximum(jnp.sum(segment_ids >= 0, 1) - 1, 0)
+
+        def run(x: Array, block: GLABlock, cache: Any) -> tuple[Array, Any]:
+            return block.prefill(x, cache, segment_ids)
+
+        x, cache = self._scan(run, self._embed(tokens), cache)
+        x = jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
+        return self.logits(self.norm(x)), cache
+
+    def step(self, token: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b vocab"], Any]:
+        """Logits [b, vocab] after one more token [b], and the cache after it, in constant time and memory."""
+        graphdef, params = nnx.split(self.layers)
+
+        # The cache is carried, not scanned over, so that each layer's part is replaced in place.
+        def run(carry: tuple[Array, Any], layer: tuple[Any, Array]) -> tuple[tuple[Array, Any], None]:
+            (x, cache), (params, i) = carry, layer
+            own = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False), cache)
+            x, own = nnx.merge(graphdef, params).step(x, own)
+            return (x, jax.tree.map(lambda c, n: jax.lax.dynamic_update_index_in_dim(c, n, i, 0), cache, own)), None
+
+        numbers = jnp.arange(self.config.num_layers)
+        (x, cache), _ = jax.lax.scan(run, (self._embed(token), cache), (params, numbers))
+        return self.logits(self.norm(x)), cache
+
+    def _embed(self, tokens: Array) -> Array:
+        return jnp.take(self.embed.embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
+
+    def _scan(self, run: Callable, x: Array, *per_layer: Any) -> tuple[Array, Any]:
+        """x through run(x, block, ...) for each block in turn, under the config's remat policy."""
+        graphdef, params = nnx.split(self.layers)
+
+        def body(x: Array, layer: tuple) -> tuple[Array, Any]:
+            return run(x, nnx.merge(graphdef, layer[0]), *layer[1:])
+
+        if self.config.remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif self.config.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        return jax.lax.scan(body, x, (params, *per_layer), unroll=min(self.config.layer_unroll, self.config.num_layers))

@@ -1,0 +1,126 @@
+"""Logical axis names of parameters, and how they map onto the axes of a mesh.
+
+Every parameter carries a tuple of names, one an axis, in its Flax metadata (`out_sharding`):
+
+    embed      the model width d                     layers     the stack that the scan runs over
+    heads      query heads x their width (flat)      kv_heads   key/value heads x their width (flat)
+    mlp        the hidden width of the MLP           vocab      the vocabulary
+    None       never worth sharding (norm scales, convolution taps, the rank of the gate)
+
+A dictionary of rules says which mesh axis each name goes to; `DEFAULT_RULES` is fully sharded data parallelism over
+"fsdp" and tensor parallelism over "tensor". Mesh axes that a mesh does not have are left out, so one dictionary serves
+every mesh, and Flax's own `nnx.get_named_sharding` under `nnx.logical_axis_rules(rules)` reads the same metadata.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen, nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+__all__ = ["DEFAULT_RULES", "create_sharded", "embedding", "linear", "param_shardings", "parameter"]
+
+type Axes = tuple[str | None, ...]
+type Rules = Mapping[str, str | tuple[str, ...] | None]
+
+DEFAULT_RULES: Rules = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+}
+
+
+def _annotated(init: Callable, axes: Axes) -> Callable:
+    # eager_sharding=False: a module can be built with no mesh at hand; create_sharded places the parameters.
+    # linen_meta_type: through flax.nnx.bridge, a Linen user sees Linen's own box with the same names.
+    return nnx.with_partitioning(init, axes, eager_sharding=False, linen_meta_type=linen.LogicallyPartitioned)
+
+
+def parameter(init: Callable, shape: tuple[int, ...], axes: Axes, *, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Param:
+    """A parameter of `shape` drawn from `init(key, shape, dtype)`, annotated with the logical `axes`."""
+    return nnx.Param(_annotated(init, axes)(rngs.params(), shape, param_dtype))
+
+
+def linear(
+    features_in: int,
+    features_out: int,
+    axes: Axes,
+    *,
+    bias: bool = False,
+    init_std: float,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A Flax linear layer with kernel [in, out] from N(0, init_std^2), bias 0, and annotated `axes`."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=_annotated(nnx.initializers.normal(init_std), axes),
+        bias_init=_annotated(nnx.initializers.zeros, axes[1:]),
+        rngs=rngs,
+    )
+
+
+def embedding(
+    entries: int, features: int, *, init_std: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+) -> nnx.Embed:
+    """A Flax embedding [entries, features] from N(0, init_std^2), annotated ("vocab", "embed")."""
+    init = _annotated(nnx.initializers.normal(init_std), ("vocab", "embed"))
+    return nnx.Embed(entries, features, dtype=dtype, param_dtype=param_dtype, embedding_init=init, rngs=rngs)
+
+
+def param_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """The sharding of every variable of a model or state on `mesh`, by its logical axis names.
+
+    Args:
+      tree: an `nnx.Module` or `nnx.State`, concrete or abstract (`nnx.eval_shape`).
+      mesh: the device mesh; a rule that names an axis it lacks does nothing.
+      rules: logical axis name -> mesh axis, tuple of mesh axes, or None for replicated.
+
+    Returns:
+      The state's tree with a `NamedSharding` in place of every array.
+
+    Raises:
+      ValueError: if a parameter has a name without a rule, or an axis that its mesh axes do not divide.
+    """
+    state = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
+
+    def place(path: Any, variable: nnx.Variable) -> nnx.Variable:
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        shape = variable.get_value().shape
+        names = variable.get_metadata().get("out_sharding") or (None,) * len(shape)
+        spec = []
+        for size, name in zip(shape, names, strict=True):
+            if name is not None and name not in rules:
+                raise ValueError(f"rules: no entry for the logical axis {name!r} of {where}; have {sorted(rules)}")
+            rule = rules[name] if name is not None else None
+            wanted = (rule,) if isinstance(rule, str) else rule or ()
+            present = tuple(axis for axis in wanted if axis in mesh.shape)
+            parts = 1
+            for axis in present:
+                parts *= mesh.shape[axis]
+            if size % parts:
+                raise ValueError(f"mesh: axis {name!r} of {where} has {size} entries, not a multiple of {parts}")
+            spec.append(present[0] if len(present) == 1 else present or None)
+        return variable.replace(NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def create_sharded[M: nnx.Module](make: Callable[[], M], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> M:
+    """Build `make()` with every parameter born on its own devices, never whole on one.
+
+    `create_sharded(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0)), mesh)`
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    shardings = param_shardings(abstract, mesh, rules)
+    state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings)()
+    return nnx.merge(graphdef, state)
