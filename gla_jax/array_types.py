@@ -1,0 +1,16 @@
+"""The letters that name array axes, and the array types made of them.
+
+b batch   t time   h query heads   hk key/value heads   k key dimension   v value dimension
+n sequences (or chunks)   c tokens in a chunk   r query heads of a key/value head   d model width
+"""
+
+from jaxtyping import Array, Float, Int
+
+__all__ = ["Array", "Float", "Gate", "Ids", "Int", "Key", "Query", "State", "Value"]
+
+Query = Float[Array, "b t h k"]
+Key = Float[Array, "b t hk k"]
+Value = Float[Array, "b t hk v"]
+Gate = Float[Array, "..."]  # the shape says the kind: [hk], [b, t, hk] or [b, t, hk, k]
+State = Float[Array, "n hk k v"]  # n is b, or the number of sequences
+Ids = Int[Array, "b t"]

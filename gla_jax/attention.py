@@ -1,0 +1,189 @@
+"""gated_linear_attention: checks the arguments, brings every gate kind to one form, and picks an implementation."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gla_jax import checks, segments
+from gla_jax.array_types import Array, Gate, Ids, Int, Key, Query, State, Value
+from gla_jax.chunked import chunked, plan
+from gla_jax.mesh import shard_by_arguments
+from gla_jax.reference import recurrence
+
+Implementation = Literal["xla", "reference"]
+
+
+def gated_linear_attention(
+    q: Query,
+    k: Key,
+    v: Value,
+    g: Gate | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    segment_ids: Ids | None = None,
+    cu_seqlens: Int[Array, "n+1"] | None = None,
+    reverse: bool = False,
+    implementation: Implementation | Sequence[Implementation] | None = None,
+) -> tuple[Array, State | None]:
+    """Gated linear attention: a linear recurrence whose matrix state decays by a gate of the input.
+
+        S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
+
+    (arXiv 2312.06635, equation 3.) Every gate is exact, in the output and in every gradient: decays are only ever multiplied,
+    so that no strength of gate over- or underflows, and g = -inf is a hard reset. Reverse-mode derivatives of any order work;
+    forward mode (`jax.jvp`) raises a TypeError for "xla" and works for "reference".
+
+    Args:
+      q: [b, t, h, k] queries; float32, bfloat16, float16, or float64 for "reference". h is a multiple of hk, and query head
+        i reads key/value head i // (h / hk).
+      k: [b, t, hk, k] keys, of q's dtype.
+      v: [b, t, hk, v] values, of q's dtype.
+      g: natural logarithm of the decay, at most 0, of q's dtype or float32. Its shape says its kind: None (no decay), [hk] (a
+        constant a head), [b, t, hk] (a scalar a token), [b, t, hk, k] (a vector a token).
+      scale: factor of the output; k**-0.5 if None.
+      initial_state: [b, hk, k, v], or [n, hk, k, v] with cu_seqlens; float32 (float64 for float64). Zeros if None.
+      output_final_state: whether to return the state after the last token.
+      segment_ids: [b, t] int. The state starts from zero wherever the id changes, initial_state enters the first segment of
+        a row and the last one's state leaves it. A token with a negative id is padding: its output is 0, it leaves state and
+        gradients alone, and it ends no segment.
+      cu_seqlens: [n + 1] int, non-decreasing from 0 to at most t: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1] of
+        the only batch row (b = 1). Each has its own initial and final state. Rows past the last give 0.
+      reverse: run from the last token to the first, in each sequence: initial_state enters at the right end and the final
+        state leaves at the left.
+      implementation: "xla" (chunkwise, every backend) or "reference" (token by token); a sequence of names takes the first
+        that supports the call, None the best. `which_implementation` says which that is.
+
+    Returns:
+      o [b, t, h, v] of v's dtype, and the final state [b or n, hk, k, v] (float32, or float64 for float64) or None.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value, or the named implementation does not support the call.
+    """
+    options = checks.Options(scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
+    checks.check_call(q, k, v, g, options)
+    name = _pick(implementation, q, k, v, g, options)
+    return shard_by_arguments(_run, name, options.with_scale(q.shape[-1]), q, k, v, g)
+
+
+class Choice(NamedTuple):
+    """What `which_implementation` answers.
+
+    name: the implementation that a call takes with implementation=None.
+    refused: why each implementation that would be preferred, or that is left, does not support the call.
+    """
+
+    name: str
+    refused: dict[str, str]
+
+
+def which_implementation(
+    q: Query | jax.ShapeDtypeStruct,
+    k: Key | jax.ShapeDtypeStruct,
+    v: Value | jax.ShapeDtypeStruct,
+    g: Gate | jax.ShapeDtypeStruct | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: State | jax.ShapeDtypeStruct | None = None,
+    output_final_state: bool = False,
+    segment_ids: Ids | jax.ShapeDtypeStruct | None = None,
+    cu_seqlens: Int[Array, "n+1"] | jax.ShapeDtypeStruct | None = None,
+    reverse: bool = False,
+) -> Choice:
+    """Says which implementation `gated_linear_attention` takes for these arguments, and why not the others.
+
+    Takes the op's own arguments, or `jax.ShapeDtypeStruct`s in place of arrays; computes nothing.
+
+    Raises:
+      ValueError: as the op itself.
+    """
+    options = checks.Options(scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
+    checks.check_call(q, k, v, g, options)
+    reasons = {name: why(q, k, v, g, options) for name, (why, _) in _IMPLEMENTATIONS.items()}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    return Choice(next(name for name in reasons if name not in refused), refused)
+
+
+def _pick(wanted, q, k, v, g, options) -> str:
+    if wanted is None:
+        wanted = tuple(_IMPLEMENTATIONS)
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    refusals = []
+    for name in names:
+        if name not in _IMPLEMENTATIONS:
+            allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
+            raise ValueError(f"implementation must be None or of {allowed}, got {name!r}")
+        why, _ = _IMPLEMENTATIONS[name]
+        reason = why(q, k, v, g, options)
+        if reason is None:
+            return name
+        refusals.append(f"{name!r}: {reason}")
+    raise ValueError("implementation supports not this call; " + "; ".join(refusals))
+
+
+def _run(name, options, q, k, v, g):
+    """The call with gates, segments and direction brought to the form that implementations read."""
+    scale, state, output_final_state, ids, cu, reverse = options
+    if g is not None and g.ndim == 1:
+        g = jnp.broadcast_to(g, k.shape[:3])
+    if reverse:
+        q, k, v, g, ids = jax.tree.map(lambda x: jnp.flip(x, 1), (q, k, v, g, ids))
+        if cu is not None:
+            cu, state = q.shape[1] - jnp.flip(cu), None if state is None else jnp.flip(state, 0)
+
+    stateful = state is not None or output_final_state
+    if cu is not None and not stateful:
+        cu, ids = None, segments.sequence_ids(cu, q.shape[1])
+    if ids is not None:
+        q, k, v, g = segments.reset_and_mask(q, k, v, g, ids)
+    if state is None:
+        sequences = q.shape[0] if cu is None else cu.shape[0] - 1
+        state = jnp.zeros((sequences, *k.shape[2:], v.shape[-1]), checks.state_dtype(q.dtype))
+
+    _, run = _IMPLEMENTATIONS[name]
+    o, state = run(q, k, v, g, state, scale, cu)
+    if reverse:
+        o = jnp.flip(o, 1)
+        state = state if cu is None else jnp.flip(state, 0)
+    return o, state if output_final_state else None
+
+
+def _why_not_xla(q, k, v, g, options) -> str | None:
+    if q.dtype == jnp.float64:
+        return "it computes in float32 at most, and q is float64"
+    return None
+
+
+def _xla(q, k, v, g, state, scale, cu):
+    time, heads = k.shape[1:3]
+    if cu is None:
+        return chunked(q, k, v, g, state, scale, plan(q.shape[0], time, heads))
+    chunk = plan(1, time, heads).chunk
+    layout = segments.align(cu, time, chunk, state)
+    q, k, v, g = jax.tree.map(layout.spread, (q, k, v, g))
+    start = jnp.zeros_like(state, shape=(1, *state.shape[1:]))
+    o, state = chunked(q, k, v, g, start, scale, plan(1, q.shape[1], heads, chunk), layout.entries)
+    return layout.collect(o), state
+
+
+def _why_not_reference(q, k, v, g, options) -> str | None:
+    return None
+
+
+def _reference(q, k, v, g, state, scale, cu):
+    if cu is None:
+        return recurrence(q, k, v, g, state, scale)
+    inside = segments.sequence_ids(cu, q.shape[1]) >= 0
+    q, k, v = (jnp.where(inside[..., None, None], x, 0) for x in (q, k, v))
+    start = jnp.zeros_like(state, shape=(1, *state.shape[1:]))
+    return recurrence(q, k, v, g, start, scale, segments.token_entries(cu, q.shape[1], state))
+
+
+# In order of preference: why it does not support a call, and the call itself.
+_IMPLEMENTATIONS = {
+    "xla": (_why_not_xla, _xla),
+    "reference": (_why_not_reference, _reference),
+}

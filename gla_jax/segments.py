@@ -1,0 +1,116 @@
+"""Packed sequences: segment_ids and cu_seqlens brought to the forms that the implementations read.
+
+A boundary is a hard reset, g = -inf at a segment's first token, and padding is a token with q = k = v = 0 and g = 0. Only
+sequences that each have a state of their own (cu_seqlens with initial or final states) need more: `Entries`, and for the
+chunked form a layout in which no chunk holds two sequences.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gla_jax.array_types import Array
+
+
+class Entries(NamedTuple):
+    """Where sequences with states of their own begin, block by block (a block is a token, or a chunk).
+
+    initial: [n, hk, k, v], the states that enter.
+    sequence: [blocks] int32, the sequence that a block belongs to; n for a block of none.
+    first, last: [blocks] bool, whether a block is the first, the last of its sequence.
+    """
+
+    initial: Array
+    sequence: Array
+    first: Array
+    last: Array
+
+
+def _entries(initial: Array, sequence: Array) -> Entries:
+    n = initial.shape[0]
+    changes = sequence[1:] != sequence[:-1]
+    first, last = jnp.pad(changes, (1, 0), constant_values=True), jnp.pad(changes, (0, 1), constant_values=True)
+    return Entries(initial, sequence, first & (sequence < n), last & (sequence < n))
+
+
+def sequence_ids(cu_seqlens: Array, time: int) -> Array:
+    """[1, time] int32: the sequence of each row, -1 for rows outside of all of them."""
+    n = cu_seqlens.shape[0] - 1
+    ids = jnp.searchsorted(cu_seqlens, jnp.arange(time, dtype=cu_seqlens.dtype), side="right").astype(jnp.int32) - 1
+    return jnp.where(ids >= n, -1, ids)[None]
+
+
+def segment_starts(segment_ids: Array) -> Array:
+    """[b, t] bool: tokens whose id differs from the row's last token before it that is not padding."""
+    time = segment_ids.shape[1]
+    valid = segment_ids >= 0
+    latest = jax.lax.cummax(jnp.where(valid, jnp.arange(time), -1), axis=1)
+    before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    return valid & (before >= 0) & (previous != segment_ids)
+
+
+def reset_and_mask(
+    q: Array, k: Array, v: Array, g: Array | None, segment_ids: Array
+) -> tuple[Array, Array, Array, Array]:
+    """q, k, v and g with boundaries as g = -inf and padding as zeros; g becomes [b, t, hk] if it was None."""
+    valid, starts = segment_ids >= 0, segment_starts(segment_ids)
+    if g is None:
+        g = jnp.zeros(k.shape[:3], jnp.float32)
+
+    def mask(x):
+        return jnp.where(_trailing(valid, x), x, 0)
+
+    return mask(q), mask(k), mask(v), jnp.where(_trailing(starts, g), -jnp.inf, mask(g))
+
+
+def token_entries(cu_seqlens: Array, time: int, initial: Array) -> Entries:
+    """`Entries` with a token a block."""
+    sequence = sequence_ids(cu_seqlens, time)[0]
+    return _entries(initial, jnp.where(sequence < 0, initial.shape[0], sequence))
+
+
+class Aligned(NamedTuple):
+    """A layout of `blocks * chunk` rows in which every sequence begins with a chunk of its own.
+
+    source: [rows] int32, the token in each row; `time` where the row is empty.
+    target: [time] int32, the row of each token; `rows` for tokens outside of all sequences.
+    """
+
+    source: Array
+    target: Array
+    entries: Entries
+
+    def spread(self, x: Array) -> Array:
+        """[1, time, ...] to [1, rows, ...], zeros in empty rows."""
+        return jnp.take(x, self.source, axis=1, mode="fill", fill_value=0)
+
+    def collect(self, x: Array) -> Array:
+        """[1, rows, ...] to [1, time, ...], zeros for tokens outside of all sequences."""
+        return jnp.take(x, self.target, axis=1, mode="fill", fill_value=0)
+
+
+def align(cu_seqlens: Array, time: int, chunk: int, initial: Array) -> Aligned:
+    """The aligned layout of n sequences: time // chunk + n chunks hold any lengths, which may be traced."""
+    n = cu_seqlens.shape[0] - 1
+    cu = cu_seqlens.astype(jnp.int32)
+    chunks = -(-jnp.diff(cu) // chunk)
+    end = jnp.cumsum(chunks)
+    begin = end - chunks
+
+    block = jnp.arange(time // chunk + n, dtype=jnp.int32)
+    sequence = jnp.searchsorted(end, block, side="right").astype(jnp.int32)
+    within = jnp.minimum(sequence, n - 1)
+    offset = (block - begin[within])[:, None] * chunk + jnp.arange(chunk)
+    token = cu[within][:, None] + offset
+    source = jnp.where((sequence < n)[:, None] & (token < cu[within + 1][:, None]), token, time)
+
+    ids = sequence_ids(cu, time)[0]
+    row = begin[ids] * chunk + jnp.arange(time, dtype=jnp.int32) - cu[ids]
+    target = jnp.where(ids < 0, block.size * chunk, row)
+    return Aligned(source.reshape(-1), target, _entries(initial, sequence))
+
+
+def _trailing(mask: Array, x: Array) -> Array:
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))

@@ -1,0 +1,46 @@
+"""One token of the recurrence, for decoding."""
+
+import jax
+import jax.numpy as jnp
+
+from gla_jax import checks
+from gla_jax.array_types import Array, Float, Gate, State
+
+
+def gated_linear_attention_step(
+    q: Float[Array, "b h k"],
+    k: Float[Array, "b hk k"],
+    v: Float[Array, "b hk v"],
+    g: Gate | None,
+    state: State,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "b h v"], State]:
+    """One token of `gated_linear_attention`: S = Diag(exp g) S + k^T v and o = scale * q S.
+
+    (arXiv 2312.06635, equation 3.) Donate the state under `jax.jit` and it is updated in place.
+
+    Args:
+      q: [b, h, k]; h is a multiple of hk.
+      k: [b, hk, k], of q's dtype.
+      v: [b, hk, v], of q's dtype.
+      g: natural logarithm of the decay, at most 0: None, [hk], [b, hk] or [b, hk, k], of q's dtype or float32.
+      state: [b, hk, k, v], float32 (float64 for float64).
+      scale: factor of the output; k**-0.5 if None.
+
+    Returns:
+      o [b, h, v] of v's dtype, and the new state.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value.
+    """
+    checks.check_step(q, k, v, g, state, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype, (batch, heads, _) = state.dtype, k.shape
+    if g is not None:
+        decay = jnp.exp(g.astype(dtype))
+        state = (decay[..., None] if g.ndim == 3 else decay[..., None, None]) * state
+    state = state + k.astype(dtype)[..., :, None] * v.astype(dtype)[..., None, :]
+    grouped = q.astype(dtype).reshape(batch, heads, -1, q.shape[-1])
+    o = scale * jnp.einsum("bhrk,bhkv->bhrv", grouped, state, precision=jax.lax.Precision.HIGHEST)
+    return o.reshape(*q.shape[:2], v.shape[-1]).astype(v.dtype), state
