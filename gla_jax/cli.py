@@ -1,0 +1,91 @@
+"""The command `gla-jax`: reads flags, calls the library, prints."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from gla_jax.train import InputError, TrainConfig, continue_text, load_model, train
+
+__all__ = ["main"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Continue a prompt with a trained model."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run that `gla-jax train` made."""
+    prompt: tyro.conf.Positional[str] = ""
+    """What goes before; empty for a text from its beginning."""
+    length: int = 1000
+    """Bytes to make."""
+    temperature: float = 0.8
+    """0 for the likeliest byte each time; higher for more surprise."""
+    top_p: float = 0.95
+    """Draw only from the fewest bytes that together have this probability."""
+    seed: int = 0
+    """Of the draws."""
+
+
+def _train(config: TrainConfig) -> None:
+    result = train(config)
+    print(f"loss of the last step: {result.loss:.4f}")
+    print(f"held-out text: {result.bits_per_byte:.4f} bits per byte")
+    if config.sample:
+        print("sample:")
+        _print_stream(continue_text(load_model(result.run), "", length=config.sample, seed=config.seed))
+    print(f"settings, log and checkpoints: {result.run}")
+    print(f'more text: gla-jax sample {result.run} "First Citizen:"')
+
+
+def _sample(config: SampleConfig) -> None:
+    print(config.prompt, end="", flush=True)
+    model = load_model(config.run)
+    options = {"length": config.length, "temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
+    _print_stream(continue_text(model, config.prompt, **options))
+
+
+def _print_stream(pieces: Any) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+# Another command is another line here.
+COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
+    "train": (TrainConfig, _train, "Train a language model on text; with no flags, on Shakespeare."),
+    "sample": (SampleConfig, _sample, "Continue a prompt with a trained model."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, and return the exit status: 0, 2 for unusable arguments, 130 when interrupted."""
+    kinds = [
+        Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, _, text) in COMMANDS.items()
+    ]
+    union: Any = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    try:
+        config = tyro.cli(
+            union, prog="gla-jax", description="Gated Linear Attention: training and sampling.", args=arguments
+        )
+        command = next(run for kind, run, _ in COMMANDS.values() if kind is type(config))
+        command(config)
+    except ValueError as error:
+        if not isinstance(error, InputError):
+            raise
+        print(f"gla-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Training a GLA language model on text, and sampling from it."""
+
+from gla_jax.train.config import InputError, TrainConfig
+from gla_jax.train.corpus import Corpus, load_corpus
+from gla_jax.train.loop import Result, train
+from gla_jax.train.sampling import continue_text, load_model
+
+__all__ = ["Corpus", "InputError", "Result", "TrainConfig", "continue_text", "load_corpus", "load_model", "train"]

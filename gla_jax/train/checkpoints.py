@@ -1,0 +1,121 @@
+"""Checkpoints through orbax, whole or not at all, and checked when they are read back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from gla_jax.array_types import Array
+from gla_jax.train.config import InputError
+from gla_jax.train.step import TrainState
+
+__all__ = ["Checkpoints", "fingerprint"]
+
+
+class Checkpoints:
+    """The checkpoints of a run: saved in the background, of which the newest few are kept.
+
+    A checkpoint is written beside its place and renamed when complete, so a process that dies while saving leaves the
+    one before as the newest. Each holds the parameters, the optimizer with the step, the data's exact position, and
+    fingerprints of the first two.
+
+    Args:
+      directory: their folder; made if missing.
+      keep: how many of the newest stay; None for all.
+      note: told, in a line, of a checkpoint that cannot be used.
+    """
+
+    def __init__(self, directory: Path, *, keep: int | None = 2, note: Callable[[str], None] = print):
+        training = ocp.training
+        self._note, self._directory = note, directory
+        self._orbax = training.Checkpointer(
+            directory.absolute(),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=None if keep is None else training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=keep is not None,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._orbax.close()
+
+    def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+        """Save a state and the data's position at its step; returns when both are copied, before they are written."""
+        optimizer = {"step": state.step, "state": state.optimizer}
+        checks = {"params": fingerprint(state.params), "optimizer": fingerprint(optimizer)}
+        parts = {"params": state.params, "optimizer": optimizer, "checks": checks, "data": data}
+        self._orbax.save_checkpointables_async(int(state.step), parts, overwrite=True)
+
+    def wait(self) -> None:
+        """Return when every save has been written; raises what went wrong in the background."""
+        self._orbax.wait()
+
+    def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState | None:
+        """The newest state that is whole, with `data` moved to its position; None if nothing has been saved.
+
+        Raises:
+          InputError: if there are checkpoints, and none is whole.
+        """
+        optimizer = {"step": abstract.step, "state": abstract.optimizer}
+        parts = self._newest(abstract, {"params": abstract.params, "optimizer": optimizer}, {"data": data})
+        if parts is None:
+            return None
+        return TrainState(parts["optimizer"]["step"], parts["params"], parts["optimizer"]["state"])
+
+    def restore_params(self, abstract: TrainState) -> Any:
+        """The parameters of the newest checkpoint that is whole.
+
+        Raises:
+          InputError: if there is none.
+        """
+        parts = self._newest(abstract, {"params": abstract.params}, {})
+        if parts is None:
+            raise InputError(f"argument RUN: {self._directory.parent} has no checkpoint yet; train it first")
+        return parts["params"]
+
+    def _newest(self, abstract: TrainState, wanted: dict[str, Any], stateful: dict[str, Any]) -> dict[str, Any] | None:
+        scalar = jax.ShapeDtypeStruct((), np.uint32, sharding=abstract.step.sharding)
+        checks = {"params": scalar, "optimizer": scalar}
+        found = [checkpoint.step for checkpoint in self._orbax.checkpoints]
+        for step in reversed(found):
+            try:
+                parts = self._orbax.load_checkpointables(step, {**wanted, **stateful, "checks": checks})
+                for name in wanted:
+                    if fingerprint(parts[name]) != parts["checks"][name]:
+                        raise ValueError(f"the {name} are not those that were saved")
+                return parts
+            except Exception as error:  # whatever a damaged file makes orbax and its readers raise
+                reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+                self._note(f"checkpoint {self._directory / str(step)} is damaged, trying the one before ({reason})")
+        if found:
+            raise InputError(
+                f"argument --run: every checkpoint in {self._directory} is damaged; give a new folder to start over"
+            )
+        return None
+
+
+@jax.jit
+def fingerprint(tree: Any) -> Array:
+    """A uint32 that depends on every bit of a tree's arrays, and on its place; the same on any mesh."""
+    result = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        bits = _bits(leaf).reshape(-1)
+        # Odd weights: a change of one element always changes the sum.
+        weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435762) + jnp.uint32(1)
+        result = result * jnp.uint32(16777619) + jnp.sum(bits * weights, dtype=jnp.uint32)
+    return result
+
+
+def _bits(x: Array) -> Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+    if x.dtype == jnp.bool:
+        return x.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)

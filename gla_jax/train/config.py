@@ -1,0 +1,104 @@
+"""What a training run is: one frozen dataclass, and the JSON that a run folder keeps of it."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from gla_jax.nn import GLAConfig
+
+__all__ = ["InputError", "TrainConfig", "config_from_json", "config_to_json", "differences"]
+
+
+class InputError(ValueError):
+    """Something the user gave is unusable; the message is one line that names the argument and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run: the same values on the same machine give the same model, bit for bit."""
+
+    run: Path = Path("runs/shakespeare")
+    """Folder of the run; if it holds an unfinished run with the same settings, that run goes on."""
+    data: Path | None = None
+    """UTF-8 text, or .jsonl with a "text" field on each line (either may end in .xz); default: Shakespeare."""
+    model: GLAConfig = dataclasses.field(default_factory=GLAConfig.tiny)
+    """The model; its vocabulary is the 256 bytes."""
+    steps: int = 1500
+    """Optimizer steps in all."""
+    batch: int = 16
+    """Sequences a step."""
+    length: int = 256
+    """Bytes of a sequence."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: matrices orthogonalised, all else by AdamW. adamw: the paper's."""
+    learning_rate: float = 4e-3
+    """The highest learning rate."""
+    warmup: float = 0.02
+    """Share of the steps in which the learning rate rises from 0."""
+    final_learning_rate: float = 0.02
+    """The last step's learning rate as a share of the highest; a cosine leads there."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices."""
+    clip: float = 1.0
+    """The gradient's norm is scaled down to this."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and the closing sample."""
+    eval_every: int = 500
+    """Steps between evaluations on all held-out bytes; the last step always has one."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """Checkpoints kept."""
+    sample: int = 400
+    """Bytes of the closing sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "length", "eval_every", "save_every", "keep"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "clip"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("warmup", "final_learning_rate"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
+        self._require("sample", self.sample >= 0, "at least 0")
+        self._require("seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
+        if self.model.vocab_size < 256:
+            raise InputError(f"argument --model.vocab-size: must be at least 256, got {self.model.vocab_size}")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            flag = name.replace("_", "-")
+            raise InputError(f"argument --{flag}: must be {allowed}, got {getattr(self, name)!r}")
+
+
+def config_to_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    fields = dataclasses.asdict(config)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+def config_from_json(fields: dict[str, Any]) -> TrainConfig:
+    """The config of `config_to_json`; ValueError or TypeError where it is none."""
+    fields = dict(fields)
+    data = fields.pop("data")
+    return TrainConfig(
+        run=Path(fields.pop("run")),
+        data=None if data is None else Path(data),
+        model=GLAConfig(**fields.pop("model")),
+        **fields,
+    )
+
+
+def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    """The flags in which two JSON configs differ, each as "--flag (saved there, given here)"."""
+    found = []
+    for name in sorted(saved.keys() | given.keys()):
+        flag = f"{prefix}{name.replace('_', '-')}"
+        old, new = saved.get(name), given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{flag}.")
+        elif old != new:
+            found.append(f"--{flag} ({json.dumps(old)} there, {json.dumps(new)} here)")
+    return found
