@@ -70,15 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     union: Any = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
+    about = "Gated Linear Attention: training and sampling."
     try:
-        config = tyro.cli(
-            union, prog="gla-jax", description="Gated Linear Attention: training and sampling.", args=arguments
-        )
+        config = tyro.cli(union, prog="gla-jax", description=about, args=arguments)
         command = next(run for kind, run, _ in COMMANDS.values() if kind is type(config))
         command(config)
-    except ValueError as error:
-        if not isinstance(error, InputError):
-            raise
+    except InputError as error:
         print(f"gla-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -43,7 +43,9 @@ def documents(archive: Path) -> list[dict[str, str]]:
             if not match:
                 continue
             title = TITLES.get(match[1], match[1])
-            text = clean(tar.extractfile(member).read().decode("ascii", errors="strict"))
+            file = tar.extractfile(member)
+            assert file is not None, f"{member.name} is not a file"
+            text = clean(file.read().decode("ascii", errors="strict"))
             split = "validation" if title in HELD_OUT else "train"
             found.append({"title": title, "split": split, "text": text})
     if missing := set(HELD_OUT) - {d["title"] for d in found}:

@@ -32,7 +32,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int | None = 2, note: Callable[[str], None] = print):
-        training = ocp.training
+        training: Any = ocp.training  # its own policies do not fit its own protocols
         self._note, self._directory = note, directory
         self._orbax = training.Checkpointer(
             directory.absolute(),

@@ -12,7 +12,6 @@ from gla_jax.train.config import InputError, TrainConfig
 from gla_jax.train.corpus import Corpus, load_corpus
 from gla_jax.train.data import evaluation_batches, training_batches
 from gla_jax.train.metrics import Log, Progress, bits, duration, read_log
-from gla_jax.train.optimizer import make_schedule
 from gla_jax.train.run_folder import CHECKPOINTS, LOG, open_run
 from gla_jax.train.step import Program, TrainState, make_mesh, make_program
 
@@ -51,7 +50,6 @@ class _Run:
         self._config, self._folder, self._out = config, folder, out
         self._data = training_batches(corpus.train, batch=config.batch, length=config.length, seed=config.seed)
         self._held_out = corpus.validation
-        self._schedule = make_schedule(config)
         self._program: Program = make_program(config, make_mesh())
         self._progress = Progress(0, config.steps, config.batch * config.length, out)
 
@@ -100,13 +98,12 @@ class _Run:
         if waiting is None:
             return
         step, metrics = waiting
-        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        values = {name: float(value) for name, value in metrics.items()}
+        loss = values["loss"]
         if not np.isfinite(loss):
             raise InputError(f"argument --learning-rate: the loss is {loss} at step {step}; try a lower one")
         speed = self._progress.step(step, loss)
-        rate = float(self._schedule(step - 1))
-        timing = {"tokens_per_s": round(speed)}
-        log.write({"step": step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "timing": timing})
+        log.write({"step": step, **values, "timing": {"tokens_per_s": round(speed)}})
 
     def _evaluate(self, state: TrainState, step: int, log: Log) -> None:
         began = time.monotonic()

@@ -74,7 +74,8 @@ def _claim(folder: Path, config: TrainConfig, corpus_sha256: str) -> None:
     # Where the corpus and the run lie does not matter; what the corpus says does.
     same_text = saved.get("corpus_sha256") == given["corpus_sha256"]
     ignored = {"run", "corpus_sha256"} | ({"data"} if same_text else set())
-    changed = differences(*({k: v for k, v in x.items() if k not in ignored} for x in (saved, given)))
+    old, new = ({name: x[name] for name in x.keys() - ignored} for x in (saved, given))
+    changed = differences(old, new)
     if not same_text and saved.get("data") == given["data"]:
         changed.append("--data (its text has changed)")
     if changed:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from gla_jax.array_types import Array
 from gla_jax.nn import GLAForCausalLM, param_shardings
 from gla_jax.train.config import InputError, TrainConfig
-from gla_jax.train.optimizer import make_optimizer
+from gla_jax.train.optimizer import make_optimizer, make_schedule
 
 __all__ = ["Program", "TrainState", "make_mesh", "make_program"]
 
@@ -37,7 +37,7 @@ class Program:
 
     graphdef: Any
     initialize: Callable[[], TrainState]
-    train: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+    train: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
     evaluate: Callable[[Any, Any, Any], Array]
     abstract: TrainState
     place: Callable[[Any], Any]
@@ -53,9 +53,9 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     """The run's executables: the batch is split over the mesh's data axis, parameters lie by their logical axes.
 
     `initialize()` gives the first state; `train(state, tokens)` takes tokens [batch, length + 1], uses up the state,
-    and returns the next one with its float32 "loss" (mean nats a target token) and "grad_norm"; `evaluate(params,
-    tokens, weights)` returns the weighted sum of nats; `abstract` is the state's shapes and shardings; `place` puts a
-    host batch onto the mesh.
+    and returns the next one with its "loss" (mean nats a target token), "grad_norm" (before clipping) and
+    "learning_rate"; `evaluate(params, tokens, weights)` returns the weighted sum of nats; `abstract` is the state's
+    shapes and shardings; `place` puts a host batch onto the mesh.
 
     Raises:
       InputError: if the devices do not divide the batch.
@@ -67,7 +67,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
         return GLAForCausalLM(config.model, rngs=nnx.Rngs(config.seed))
 
     graphdef, variables = nnx.split(nnx.eval_shape(make_model))
-    optimizer = make_optimizer(config, variables)
+    optimizer, schedule = make_optimizer(config, variables), make_schedule(config)
     replicated, by_batch = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
     shardings = TrainState(replicated, nnx.to_pure_dict(param_shardings(variables, mesh)), replicated)
 
@@ -78,7 +78,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     def nats(params: Any, tokens: Tokens, weights: Float[Array, "b t"] | None) -> tuple[Array, Array]:
         return next_token_nats(nnx.merge(graphdef, params), tokens.astype(jnp.int32), weights)
 
-    def train(state: TrainState, tokens: Tokens) -> tuple[TrainState, dict[str, Array]]:
+    def train(state: TrainState, tokens: Tokens) -> tuple[TrainState, dict[str, Any]]:
         def mean(params: Any) -> Array:
             total, count = nats(params, tokens, None)
             return total / count
@@ -86,7 +86,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
         loss, gradients = jax.value_and_grad(mean)(state.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     shapes = jax.eval_shape(initialize)

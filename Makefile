@@ -1,0 +1,32 @@
+# make train   learn to write Shakespeare, in about five minutes on two cores; FLAGS="--steps 3000" and others go along
+# make test    lint, types, tests and coverage; make test-all adds the largest cases
+# make format  what `make test` would complain about, as far as a tool can mend it
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FLAGS :=
+
+.PHONY: train test test-all large format
+
+train: $(READY)
+	@$(BIN)/gla-jax train $(FLAGS)
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/pytest -m "not large and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-all: test large
+
+large: $(READY)
+	$(BIN)/pytest -m "large and not gpu"
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt tools/make_venv
+	@tools/make_venv $(VENV)
+	@touch $@
