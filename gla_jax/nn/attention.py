@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.attention import gated_linear_attention
+from gla_jax.attention import Implementation, gated_linear_attention
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.norm import LayerNorm, RMSNorm
 from gla_jax.nn.sharding import linear
@@ -87,7 +87,7 @@ class GatedLinearAttention(nnx.Module):
         output_norm_affine: bool = True,
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,

@@ -1,8 +1,9 @@
 """The language model's configuration."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, get_args
 
+from gla_jax.attention import Implementation
 from gla_jax.nn.attention import FEATURE_MAPS, OUTPUT_NORMS, head_sizes
 from gla_jax.nn.mlp import mlp_width
 
@@ -77,7 +78,8 @@ class GLAConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            self._check_type(field.name, str(field.type), getattr(self, field.name))
+            declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            check_type(field.name, declared, getattr(self, field.name))
         at_least_one = ("vocab_size", "hidden_size", "num_layers", "num_heads", "gate_low_rank", "layer_unroll")
         for name in at_least_one:
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -92,6 +94,7 @@ class GLAConfig:
             "dtype": DTYPES,
             "param_dtype": DTYPES,
             "remat": REMAT_POLICIES,
+            "implementation": (None, *get_args(Implementation)),
         }
         for name, allowed in choices.items():
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(str, allowed))}")
@@ -101,26 +104,17 @@ class GLAConfig:
         if not holds:
             raise ValueError(f"{name}: must be {allowed}, got {getattr(self, name)!r}")
 
-    @staticmethod
-    def _check_type(name: str, declared: str, value: Any) -> None:
-        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
-        base = declared.removeprefix("<class '").removesuffix("'>").split(" | ")[0]
-        if value is None and declared.endswith("None"):
-            return
-        if not isinstance(value, kinds[base]) or (isinstance(value, bool) and base != "bool"):
-            raise ValueError(f"{name}: must be {declared}, got {value!r}")
-
     @property
     def mlp_width(self) -> int:
         """Hidden width of the MLP."""
         return mlp_width(self.hidden_size, self.mlp_ratio) if self.mlp_size is None else self.mlp_size
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "GLAConfig":
         """The same config with some fields changed, checked anew."""
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def tiny(cls) -> Self:
+    def tiny(cls) -> "GLAConfig":
         """0.9 M parameters over bytes, with short convolutions: trains on a CPU in minutes."""
         return cls(
             vocab_size=256,
@@ -134,16 +128,25 @@ class GLAConfig:
         )
 
     @classmethod
-    def gla_340m(cls) -> Self:
+    def gla_340m(cls) -> "GLAConfig":
         """The paper's small model: 341.7 M parameters (tied embeddings)."""
         return cls(hidden_size=1024, num_layers=24, num_heads=4, tie_embeddings=True)
 
     @classmethod
-    def gla_1_3b(cls) -> Self:
+    def gla_1_3b(cls) -> "GLAConfig":
         """The paper's large model, 1.366 B parameters, laid out as the checkpoint fla-hub/gla-1.3B-100B."""
         return cls(hidden_size=2048, num_layers=24, num_heads=4)
 
     @classmethod
-    def gla_2_7b(cls) -> Self:
+    def gla_2_7b(cls) -> "GLAConfig":
         """2.704 B parameters, laid out as the checkpoint fla-hub/gla-2.7B-100B."""
         return cls(hidden_size=2560, num_layers=32, num_heads=5)
+
+
+def check_type(name: str, declared: str, value: Any) -> None:
+    """A ValueError if `value` is not of the `declared` type: int, float, bool or str, perhaps with " | None"."""
+    base, *optional = declared.split(" | ")
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    fits = isinstance(value, kinds[base]) and (base == "bool" or not isinstance(value, bool))
+    if not (fits or (optional and value is None)):
+        raise ValueError(f"{name}: must be {declared}, got {value!r}")

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +52,10 @@ def generate(
     Raises:
       ValueError: naming the argument and what is allowed.
     """
-    settings = _check(
-        prompt, max_new_tokens, key, temperature, top_k, top_p, prompt_lengths, stop_tokens, prefill_chunk
-    )
+    prompt, lengths = _checked_prompt(prompt, prompt_lengths, max_new_tokens, prefill_chunk)
+    draw, top_k = _checked_draw(key, temperature, top_k, top_p)
     graphdef, params = nnx.split(model)
-    return _generate(graphdef, params, *settings.traced, max_new_tokens, *settings.static)
+    return _generate(graphdef, params, prompt, lengths, draw, max_new_tokens, top_k, tuple(stop_tokens), prefill_chunk)
 
 
 def stream(
@@ -72,24 +71,22 @@ def stream(
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 2048,
 ) -> Iterator[np.ndarray]:
-    """The tokens of `generate`, with the same arguments, one [b] int32 array at a time as they are made.
+    """The tokens of `generate`, from the same arguments, one [b] int32 array at a time as they are made.
 
-    Ends after max_new_tokens, or when every row has met a stop token. Arguments are checked at the call.
+    Ends after max_new_tokens, or when every row has met a stop token. Raises at the call, as `generate` does.
     """
-    settings = _check(
-        prompt, max_new_tokens, key, temperature, top_k, top_p, prompt_lengths, stop_tokens, prefill_chunk
-    )
+    prompt, lengths = _checked_prompt(prompt, prompt_lengths, max_new_tokens, prefill_chunk)
+    draw, top_k = _checked_draw(key, temperature, top_k, top_p)
+    stop_tokens = tuple(stop_tokens)
     graphdef, params = nnx.split(model)
-    prompt, lengths, *sampling = settings.traced
-    top_k, stop_tokens, prefill_chunk = settings.static
 
     def tokens() -> Iterator[np.ndarray]:
-        token, done, cache = _first(graphdef, params, prompt, lengths, *sampling, top_k, stop_tokens, prefill_chunk)
+        token, done, cache = _first(graphdef, params, prompt, lengths, draw, top_k, stop_tokens, prefill_chunk)
         yield np.asarray(token)
         for i in range(1, max_new_tokens):
-            if done.all():
+            if stop_tokens and done.all():
                 return
-            token, done, cache = _next(graphdef, params, token, done, cache, i, *sampling, top_k, stop_tokens)
+            token, done, cache = _next(graphdef, params, token, done, cache, i, draw, top_k, stop_tokens)
             yield np.asarray(token)
 
     return tokens()
@@ -118,110 +115,100 @@ def sample(
     return jax.random.categorical(key, logits, -1).astype(jnp.int32)
 
 
-class _Settings:
-    def __init__(self, traced: tuple, static: tuple):
-        self.traced, self.static = traced, static
+class _Draw(NamedTuple):
+    """How tokens are drawn; None for what is not wanted, so that it is part of the compiled program's type."""
+
+    key: Array | None
+    temperature: float | None
+    top_p: float | None
 
 
-def _check(
-    prompt: Any,
-    max_new_tokens: int,
-    key: Array | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    prompt_lengths: Any,
-    stop_tokens: Sequence[int],
-    prefill_chunk: int,
-) -> _Settings:
+def _checked_prompt(prompt: Any, lengths: Any, max_new_tokens: int, prefill_chunk: int) -> tuple[Array, Array | None]:
     prompt = jnp.asarray(prompt)
-    if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise ValueError(f"prompt: must be integers [b, t] with t >= 1, got {prompt.dtype}{list(prompt.shape)}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
-    if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk: must be at least 1, got {prefill_chunk}")
+    if prompt.ndim != 2 or 0 in prompt.shape or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ValueError(f"prompt: must be integers [b, t], b and t >= 1, got {prompt.dtype} {list(prompt.shape)}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
+    if lengths is not None:
+        lengths, (b, t) = jnp.asarray(lengths), prompt.shape
+        if lengths.shape != (b,):
+            raise ValueError(f"prompt_lengths: must have shape [b] = [{b}], got {list(lengths.shape)}")
+        if not isinstance(lengths, jax.core.Tracer) and (lengths.min() < 1 or lengths.max() > t):
+            raise ValueError(f"prompt_lengths: must be from 1 to t = {t}, got {lengths.tolist()}")
+    return prompt.astype(jnp.int32), lengths
+
+
+def _checked_draw(
+    key: Array | None, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[_Draw, int | None]:
     if not temperature >= 0:
-        raise ValueError(f"temperature: must be 0 (greedy) or positive, got {temperature}")
+        raise ValueError(f"temperature: must be 0 (the likeliest token) or positive, got {temperature}")
     if temperature > 0 and key is None:
-        raise ValueError("key: sampling at a temperature above 0 needs a jax.random.key")
+        raise ValueError("key: a temperature above 0 needs a jax.random.key, got None")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: must be at least 1 or None, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p}")
-    if prompt_lengths is not None:
-        prompt_lengths = jnp.asarray(prompt_lengths, jnp.int32)
-        if prompt_lengths.shape != prompt.shape[:1]:
-            raise ValueError(
-                f"prompt_lengths: must be [b] = {list(prompt.shape[:1])}, got {list(prompt_lengths.shape)}"
-            )
-        if not isinstance(prompt_lengths, jax.core.Tracer):
-            low, high = int(prompt_lengths.min()), int(prompt_lengths.max())
-            if low < 1 or high > prompt.shape[1]:
-                raise ValueError(f"prompt_lengths: must be from 1 to t = {prompt.shape[1]}, got {low} to {high}")
     if temperature == 0:
-        key = temperature = top_k = top_p = None
-    return _Settings(
-        (prompt.astype(jnp.int32), prompt_lengths, key, temperature, top_p), (top_k, tuple(stop_tokens), prefill_chunk)
-    )
+        return _Draw(None, None, None), None
+    return _Draw(key, temperature, top_p), top_k
 
 
 def _prefill(model: Any, prompt: Array, lengths: Array | None, piece: int) -> tuple[Array, Any]:
-    """Logits [b, vocab] after the prompts and the cache there, reading `piece` tokens at a time."""
+    """Logits [b, vocab] after the prompts and the cache there, reading at most `piece` tokens at a time."""
     b, t = prompt.shape
     cache = model.init_cache(b)
-    if lengths is None and t <= piece:
+    pieces = -(-t // piece)
+    if pieces == 1 and lengths is None:
         return model.prefill(prompt, cache)
-    if lengths is None:
-        lengths = jnp.full((b,), t)
-    pieces = -(-t // piece) if t > piece else 1
-    padding = pieces * piece - t if t > piece else 0
-    prompt = jnp.pad(prompt, ((0, 0), (padding, 0)))
-    ids = jnp.where(jnp.arange(prompt.shape[1]) >= prompt.shape[1] - lengths[:, None], 0, -1)
+    if pieces > 1:
+        prompt = jnp.pad(prompt, ((0, 0), (pieces * piece - t, 0)))
+    width = prompt.shape[1]
+    ids = jnp.where(jnp.arange(width) < width - (t if lengths is None else lengths[:, None]), -1, 0)
+    ids = jnp.broadcast_to(ids, prompt.shape)
     if pieces == 1:
         return model.prefill(prompt, cache, ids)
-    stacked = (jnp.moveaxis(x.reshape(b, pieces, piece), 1, 0) for x in (prompt, ids))
 
-    def read(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+    def read(carry: tuple[Array, Any], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Any], None]:
         return model.prefill(inputs[0], carry[1], inputs[1]), None
 
+    xs = tuple(jnp.moveaxis(x.reshape(b, pieces, piece), 1, 0) for x in (prompt, ids))
     logits = jax.eval_shape(model.step, prompt[:, 0], cache)[0]
-    (logits, cache), _ = jax.lax.scan(read, (jnp.zeros(logits.shape, logits.dtype), cache), tuple(stacked))
-    return logits, cache
+    return jax.lax.scan(read, (jnp.zeros(logits.shape, logits.dtype), cache), xs)[0]
 
 
-def _pick(logits: Array, key: Array | None, i: Any, temperature: Any, top_p: Any, top_k: int | None) -> Array:
-    return sample(logits, None if key is None else jax.random.fold_in(key, i), temperature, top_p, top_k)
+def _pick(logits: Array, i: Any, draw: _Draw, top_k: int | None) -> Array:
+    key = None if draw.key is None else jax.random.fold_in(draw.key, i)
+    return sample(logits, key, draw.temperature, draw.top_p, top_k)
 
 
 def _stops(token: Array, stop_tokens: tuple[int, ...]) -> Array:
     return jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros(token.shape, bool)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7, 8, 9))
-def _first(graphdef, params, prompt, lengths, key, temperature, top_p, top_k, stop_tokens, piece):
-    logits, cache = _prefill(nnx.merge(graphdef, params), prompt, lengths, piece)
-    token = _pick(logits, key, 0, temperature, top_p, top_k)
-    return token, _stops(token, stop_tokens), cache
-
-
-def _advance(model, token, done, cache, i, key, temperature, top_p, top_k, stop_tokens):
+def _advance(model, token, done, cache, i, draw, top_k, stop_tokens):
     logits, cache = model.step(token, cache)
-    token = jnp.where(done, token, _pick(logits, key, i, temperature, top_p, top_k))
+    token = jnp.where(done, token, _pick(logits, i, draw, top_k))
     return token, done | _stops(token, stop_tokens), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 9, 10), donate_argnums=(4,))
-def _next(graphdef, params, token, done, cache, i, key, temperature, top_p, top_k, stop_tokens):
-    model = nnx.merge(graphdef, params)
-    return _advance(model, token, done, cache, i, key, temperature, top_p, top_k, stop_tokens)
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _first(graphdef, params, prompt, lengths, draw, top_k, stop_tokens, piece):
+    logits, cache = _prefill(nnx.merge(graphdef, params), prompt, lengths, piece)
+    token = _pick(logits, 0, draw, top_k)
+    return token, _stops(token, stop_tokens), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7, 8, 9, 10))
-def _generate(graphdef, params, prompt, lengths, key, temperature, top_p, new, top_k, stop_tokens, piece):
+@functools.partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=4)
+def _next(graphdef, params, token, done, cache, i, draw, top_k, stop_tokens):
+    return _advance(nnx.merge(graphdef, params), token, done, cache, i, draw, top_k, stop_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))
+def _generate(graphdef, params, prompt, lengths, draw, new, top_k, stop_tokens, piece):
     model = nnx.merge(graphdef, params)
-    token, done, cache = _first(graphdef, params, prompt, lengths, key, temperature, top_p, top_k, stop_tokens, piece)
-    # Columns that the loop never reaches, because every row has ended, repeat the row's last token.
+    token, done, cache = _first(graphdef, params, prompt, lengths, draw, top_k, stop_tokens, piece)
     out = jnp.zeros((new, prompt.shape[0]), jnp.int32).at[0].set(token)
 
     def unfinished(carry):
@@ -230,8 +217,9 @@ def _generate(graphdef, params, prompt, lengths, key, temperature, top_p, new, t
 
     def body(carry):
         i, token, done, cache, out = carry
-        token, done, cache = _advance(model, token, done, cache, i, key, temperature, top_p, top_k, stop_tokens)
+        token, done, cache = _advance(model, token, done, cache, i, draw, top_k, stop_tokens)
         return i + 1, token, done, cache, out.at[i].set(token)
 
     made, token, _, _, out = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, done, cache, out))
+    # What the loop did not reach, because every row has ended, repeats each row's last token.
     return jnp.where(jnp.arange(new)[:, None] < made, out, token).T

@@ -80,11 +80,12 @@ class GLAForCausalLM(nnx.Module):
     def init_cache(self, batch_size: int) -> Any:
         """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""
 
-        def of_layer(block: GLABlock) -> Any:
-            return block.init_cache(batch_size)
-
         graphdef, params = nnx.split(self.layers)
-        shapes = jax.eval_shape(lambda p: of_layer(nnx.merge(graphdef, p)), jax.tree.map(lambda p: p[0], params))
+
+        def first(params: Any) -> Any:
+            return nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params)).init_cache(batch_size)
+
+        shapes = jax.eval_shape(first, params)
         return jax.tree.map(lambda s: jnp.zeros((self.config.num_layers, *s.shape), s.dtype), shapes)
 
     def prefill(

@@ -37,7 +37,9 @@ DEFAULT_RULES: Rules = {
 def _annotated(init: Callable, axes: Axes) -> Callable:
     # eager_sharding=False: a module can be built with no mesh at hand; create_sharded places the parameters.
     # linen_meta_type: through flax.nnx.bridge, a Linen user sees Linen's own box with the same names.
-    return nnx.with_partitioning(init, axes, eager_sharding=False, linen_meta_type=linen.LogicallyPartitioned)
+    return nnx.with_partitioning(
+        init, axes, eager_sharding=False, sharding_rules=None, linen_meta_type=linen.LogicallyPartitioned
+    )
 
 
 def parameter(init: Callable, shape: tuple[int, ...], axes: Axes, *, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Param:
@@ -120,7 +122,8 @@ def create_sharded[M: nnx.Module](make: Callable[[], M], mesh: Mesh, rules: Rule
 
     `create_sharded(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0)), mesh)`
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    # Not nnx.eval_shape, which reads the logical names as mesh axes if a mesh is set.
+    graphdef, abstract = jax.eval_shape(lambda: nnx.split(make()))
     shardings = param_shardings(abstract, mesh, rules)
     state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings)()
     return nnx.merge(graphdef, state)

@@ -1,0 +1,164 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, stream
+from gla_jax.nn.generate import _generate, sample
+
+from .options import OPTIONS, build, forward, tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(OPTIONS["conv"])
+
+
+def greedily(model, prompt, new):
+    """The argmax of the full forward, again and again; it sees zeros in place of the tokens to come."""
+    b, t = prompt.shape
+    row = jnp.zeros((b, 20), jnp.int32).at[:, :t].set(prompt)
+    for i in range(t, t + new):
+        row = row.at[:, i].set(jnp.argmax(forward(model, row)[:, i - 1], -1))
+    return row[:, t : t + new]
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model):
+    prompt = tokens(2, 11)
+    made = generate(model, prompt, 8)
+    assert made.dtype == jnp.int32
+    np.testing.assert_array_equal(made, greedily(model, prompt, 8))
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 4, 11, 100])
+def test_pieces_of_a_prompt_make_no_difference(model, prefill_chunk):
+    prompt = tokens(2, 11)
+    np.testing.assert_array_equal(generate(model, prompt, 4, prefill_chunk=prefill_chunk), greedily(model, prompt, 4))
+
+
+@pytest.mark.parametrize("prefill_chunk", [4, 100])
+def test_left_padding_never_enters(model, prefill_chunk):
+    prompt, lengths = tokens(4, 11), [3, 11, 1, 6]
+    made = generate(model, prompt, 5, prompt_lengths=lengths, prefill_chunk=prefill_chunk)
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(made[row], greedily(model, prompt[row : row + 1, -length:], 5)[0])
+
+
+@pytest.mark.parametrize("draw", [{}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}])
+def test_stream_yields_what_generate_returns(model, draw):
+    prompt = tokens(2, 11)
+    draw = {**draw, "key": jax.random.key(3)} if draw else draw
+    streamed = list(stream(model, prompt, 7, **draw))
+    assert all(token.shape == (2,) for token in streamed)
+    np.testing.assert_array_equal(np.stack(streamed, 1), generate(model, prompt, 7, **draw))
+
+
+def test_stop_tokens_end_rows(model):
+    prompt = tokens(3, 11)
+    free = np.asarray(generate(model, prompt, 12))
+    stops = (int(free[0, 2]), int(free[1, 5]))
+    made = np.asarray(generate(model, prompt, 12, stop_tokens=stops))
+    ends = []
+    for row in range(3):
+        hits = np.flatnonzero(np.isin(free[row], stops))
+        end = hits[0] if hits.size else 11
+        ends.append(end)
+        np.testing.assert_array_equal(made[row, : end + 1], free[row, : end + 1])
+        assert (made[row, end:] == made[row, end]).all()
+    streamed = np.stack(list(stream(model, prompt, 12, stop_tokens=stops)), 1)
+    assert streamed.shape[1] == max(ends) + 1
+    np.testing.assert_array_equal(streamed, made[:, : streamed.shape[1]])
+
+
+def test_sampling_needs_a_key_and_repeats_with_it(model):
+    prompt = tokens(4, 5)
+    a, b, c = (generate(model, prompt, 9, key=jax.random.key(s), temperature=1.5) for s in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_a_temperature_near_zero_is_greedy(model):
+    prompt = tokens(2, 5)
+    made = generate(model, prompt, 4, key=jax.random.key(0), temperature=1e-7)
+    np.testing.assert_array_equal(made, greedily(model, prompt, 4))
+
+
+def frequencies(logits, **draw):
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.vmap(lambda key: sample(logits[None], key, **draw)[0])(keys)
+    return np.bincount(drawn, minlength=logits.size) / 4000
+
+
+def test_sample_draws_from_the_distribution_it_says():
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
+    close = {"atol": 0.03}
+    np.testing.assert_allclose(frequencies(logits, temperature=1.0), np.exp(logits), **close)
+    np.testing.assert_allclose(
+        frequencies(logits, temperature=0.5), np.exp(2 * logits) / np.exp(2 * logits).sum(), **close
+    )
+    np.testing.assert_allclose(frequencies(logits, temperature=1.0, top_k=2), [0, 4 / 7, 0, 3 / 7, 0], **close)
+    np.testing.assert_allclose(
+        frequencies(logits, temperature=1.0, top_p=0.71), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85], **close
+    )
+    np.testing.assert_allclose(frequencies(logits, temperature=1.0, top_p=1e-6), [0, 1, 0, 0, 0])
+    # top_p is of what top_k has left: 4/7 already reaches one half.
+    np.testing.assert_allclose(frequencies(logits, temperature=1.0, top_k=2, top_p=0.5), [0, 1, 0, 0, 0])
+    np.testing.assert_allclose(frequencies(logits, temperature=1.0, top_k=99, top_p=1.0), np.exp(logits), **close)
+
+
+def test_memory_does_not_depend_on_lengths():
+    config = GLAConfig.tiny()
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0))))
+
+    def temporaries(prompt: int, new: int) -> int:
+        from gla_jax.nn.generate import _Draw
+
+        shape = jax.ShapeDtypeStruct((1, prompt), jnp.int32)
+        lowered = _generate.lower(graphdef, params, shape, None, _Draw(None, None, None), new, None, (), 128)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(256, 16), temporaries(256 * 64, 16 * 64)
+    tokens_alone = 16 * 4 * (256 * 64 + 16 * 64)  # a few int32 copies of the tokens themselves
+    assert long < short + tokens_alone
+
+
+@pytest.mark.large
+def test_2000_tokens_after_1000_are_the_full_forward_s_argmax():
+    model = GLAForCausalLM(GLAConfig.tiny(), rngs=nnx.Rngs(0))
+    prompt = jax.random.randint(jax.random.key(0), (1, 1000), 0, 256)
+    made = generate(model, prompt, 2000, prefill_chunk=512)
+    logits = nnx.jit(lambda m, x: m(x))(model, jnp.concatenate([prompt, made], 1))[0, 999:-1]
+    chosen = jnp.take_along_axis(logits, made[0][:, None], 1)[:, 0]
+    # Where two logits are closer than rounding, either may be chosen.
+    assert (logits.max(-1) - chosen < 1e-4).all()
+    assert (jnp.argmax(logits, -1) == made[0]).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"prompt": jnp.zeros((3,), jnp.int32)}, "prompt: must be integers [b, t], b and t >= 1, got int32 [3]"),
+        ({"prompt": jnp.zeros((1, 3))}, "prompt: must be integers [b, t], b and t >= 1, got float32 [1, 3]"),
+        ({"prompt": jnp.zeros((1, 0), jnp.int32)}, "prompt: must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk: must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature: must be 0 (the likeliest token) or positive, got -1.0"),
+        ({"temperature": float("nan")}, "temperature: must be"),
+        ({"temperature": 1.0}, "key: a temperature above 0 needs a jax.random.key"),
+        ({"top_k": 0}, "top_k: must be at least 1 or None, got 0"),
+        ({"top_p": 0.0}, "top_p: must be above 0 and at most 1, or None, got 0.0"),
+        ({"top_p": 1.5}, "top_p: must be"),
+        ({"prompt_lengths": [4, 3]}, "prompt_lengths: must have shape [b] = [1], got [2]"),
+        ({"prompt_lengths": [0]}, "prompt_lengths: must be from 1 to t = 4, got [0]"),
+        ({"prompt_lengths": [5]}, "prompt_lengths: must be from 1 to t = 4, got [5]"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("function", [generate, stream])
+def test_bad_arguments_are_named(model, function, arguments, says):
+    arguments = {"prompt": tokens(1, 4), "max_new_tokens": 3, **arguments}
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the text is compared below
+        function(model, **arguments)
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)

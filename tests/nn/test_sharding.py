@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+
+from gla_jax.nn import DEFAULT_RULES, GLAForCausalLM, create_sharded, param_shardings
+
+from .options import OPTIONS, build, forward, tokens
+
+CONFIG = OPTIONS["conv"].replace(vocab_size=36, num_kv_heads=2, implementation=None)
+
+
+def mesh_of(kind=AxisType.Auto, **sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def make():
+    return GLAForCausalLM(CONFIG, rngs=nnx.Rngs(0))
+
+
+def test_every_parameter_names_its_axes():
+    for path, param in nnx.to_flat_state(nnx.state(nnx.eval_shape(make))):
+        names = param.get_metadata()["out_sharding"]
+        assert len(names) == len(param.shape), path
+        assert set(names) <= {None, *DEFAULT_RULES}
+        assert (names[0] == "layers") == (path[0] == "layers")
+        if len(param.shape) - (names[0] == "layers") == 2:
+            assert any(names[1:]), path
+
+
+def test_shardings_follow_the_rules_and_leave_out_absent_axes():
+    abstract = nnx.eval_shape(make)
+    shardings = param_shardings(abstract, mesh_of(data=2, fsdp=2, tensor=2))
+    assert shardings["layers"]["mixer"]["q_proj"]["kernel"].get_value().spec == jax.P(None, "fsdp", "tensor")
+    assert shardings["layers"]["mixer"]["o_proj"]["kernel"].get_value().spec == jax.P(None, "tensor", "fsdp")
+    assert shardings["embed"]["embedding"].get_value().spec == jax.P("tensor", "fsdp")
+    assert shardings["norm"]["scale"].get_value().spec == jax.P(None)
+    shardings = param_shardings(abstract, mesh_of(data=8))
+    assert all(not any(s.spec) for s in jax.tree.leaves(shardings))
+    rules = {**DEFAULT_RULES, "embed": ("data", "fsdp")}
+    shardings = param_shardings(nnx.state(abstract), mesh_of(data=2, fsdp=4), rules)
+    assert shardings["embed"]["embedding"].get_value().spec == jax.P(None, ("data", "fsdp"))
+
+
+def test_flax_reads_the_same_names():
+    mesh = mesh_of(fsdp=4, tensor=2)
+    state = nnx.state(nnx.eval_shape(make))
+    with nnx.logical_axis_rules(tuple(DEFAULT_RULES.items())):
+        theirs = nnx.get_named_sharding(state, mesh)
+    ours = param_shardings(state, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.spec, b.spec), ours, theirs)
+
+
+def test_what_does_not_divide_is_named():
+    with pytest.raises(ValueError, match=r"^mesh: axis 'embed' of embed.embedding has 32 entries, .* of 3$"):
+        param_shardings(nnx.eval_shape(make), jax.make_mesh((3,), ("fsdp",), devices=jax.devices()[:3]))
+    with pytest.raises(ValueError, match=r"^rules: no entry for the logical axis 'vocab' of embed.embedding"):
+        param_shardings(nnx.eval_shape(make), mesh_of(fsdp=8), {"embed": None})
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+def test_parameters_are_born_on_their_devices(set_mesh):
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    if set_mesh:
+        with jax.set_mesh(mesh):
+            model = create_sharded(make, mesh)
+    else:
+        model = create_sharded(make, mesh)
+    kernel = model.layers.mixer.q_proj.kernel[...]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 8)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), nnx.state(model), nnx.state(make())
+    )
+
+
+def test_a_sharded_model_computes_the_same():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    alone, inputs = build(CONFIG), tokens(4, 16) % 36
+    ids = jnp.array([[0] * 7 + [1] * 9] * 4)
+    shardings = param_shardings(alone, mesh)
+    graphdef, params = nnx.split(alone)
+    batch = NamedSharding(mesh, jax.P(("data", "fsdp")))
+
+    def loss(params, inputs, ids):
+        logits = nnx.merge(graphdef, params)(inputs, ids)
+        return jnp.mean(logits**2), logits
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, expected), expected_grads = step(params, inputs, ids)
+    placed = jax.device_put(params, shardings)
+    (_, logits), grads = step(placed, *jax.device_put((inputs, ids), batch))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, expected_grads)
+    # Decoding, too.
+    cache, whole = alone.init_cache(4), forward(alone, inputs)
+    first, cache = jax.jit(lambda p, t, c: nnx.merge(graphdef, p).prefill(t, c))(placed, inputs[:, :9], cache)
+    np.testing.assert_allclose(first, whole[:, 8], rtol=1e-3, atol=1e-4)
+    second, _ = jax.jit(lambda p, t, c: nnx.merge(graphdef, p).step(t, c))(placed, inputs[:, 9], cache)
+    np.testing.assert_allclose(second, whole[:, 9], rtol=1e-3, atol=1e-4)
