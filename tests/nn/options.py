@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gla_jax.nn import GLAConfig, GLAForCausalLM
@@ -36,12 +37,12 @@ OPTIONS = {
 
 
 def build(config: GLAConfig, seed: int = 0) -> GLAForCausalLM:
-    """A model with no parameter at its initial constant, so that every one of them matters."""
-    model = GLAForCausalLM(config, rngs=nnx.Rngs(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
+    """A model with random numbers in every parameter, made without compiling anything."""
+    model = nnx.eval_shape(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0)))
+    random = np.random.default_rng(seed)
     for path, param in nnx.to_flat_state(nnx.state(model)):
-        if path[-1] in ("scale", "bias"):
-            param.set_value(param + 0.3 * jax.random.normal(next(keys), param.shape, param.dtype))
+        center, std = {"scale": (1, 0.3), "bias": (0, 0.3)}.get(path[-1], (0, config.init_std))
+        param.set_value(jnp.asarray(random.normal(center, std, param.shape), param.dtype))
     return model
 
 

@@ -27,7 +27,10 @@ def test_in_parts_is_the_same():
 
 
 def test_dtypes_reach_every_part():
-    block = GLABlock(SMALL.replace(dtype="bfloat16", param_dtype="float16", conv_size=2), rngs=nnx.Rngs(0))
+    config = SMALL.replace(dtype="bfloat16", param_dtype="float16", conv_size=2)
+    block = nnx.eval_shape(lambda: GLABlock(config, rngs=nnx.Rngs(0)))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(block))} == {jnp.dtype("float16")}
-    x = jnp.ones((1, 4, 32), jnp.bfloat16)
-    assert block(x).dtype == block.step(x[:, 0], block.init_cache(1))[0].dtype == jnp.bfloat16
+    x = jax.ShapeDtypeStruct((1, 4, 32), jnp.bfloat16)
+    assert nnx.eval_shape(lambda block, x: block(x), block, x).dtype == jnp.bfloat16
+    step = nnx.eval_shape(lambda block, x: block.step(x[:, 0], block.init_cache(1))[0], block, x)
+    assert step.dtype == jnp.bfloat16

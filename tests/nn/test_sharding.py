@@ -60,13 +60,9 @@ def test_what_does_not_divide_is_named():
         param_shardings(nnx.eval_shape(make), mesh_of(fsdp=8), {"embed": None})
 
 
-@pytest.mark.parametrize("set_mesh", [False, True])
-def test_parameters_are_born_on_their_devices(set_mesh):
+def test_parameters_are_born_on_their_devices():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    if set_mesh:
-        with jax.set_mesh(mesh):
-            model = create_sharded(make, mesh)
-    else:
+    with jax.set_mesh(mesh):
         model = create_sharded(make, mesh)
     kernel = model.layers.mixer.q_proj.kernel[...]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 8)
