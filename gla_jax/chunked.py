@@ -24,8 +24,6 @@ import jax.numpy as jnp
 from gla_jax.array_types import Array
 from gla_jax.segments import Entries
 
-CHUNK = 64
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -42,12 +40,11 @@ class Plan:
 def plan(batch: int, time: int, heads: int, chunk: int | None = None) -> Plan:
     """The plan for `time` tokens of `batch` sequences with `heads` key/value heads, by chunks of `chunk` if given.
 
-    A group has enough chunks to fill the device and no more: on a CPU its arrays stay in the cache, elsewhere few steps of
-    the scan keep the launches few.
+    On a CPU a group's arrays stay in its cache; elsewhere larger groups mean fewer and larger kernels.
     """
-    chunk = chunk or min(CHUNK, 1 << (time - 1).bit_length())
+    longest, fill = (64, 16) if jax.default_backend() == "cpu" else (128, 512)
+    chunk = chunk or min(longest, 1 << (time - 1).bit_length())
     chunks = -(-time // chunk)
-    fill = 16 if jax.default_backend() == "cpu" else 256
     groups = -(-chunks // max(1, fill // (batch * heads)))
     return Plan(chunk, -(-chunks // groups))
 
@@ -101,14 +98,18 @@ def _chunked(scale, cut, q, k, v, g, state, entries):
 
 
 def _forward(scale, cut, q, k, v, g, state, entries):
+    how = arithmetic(q.dtype)
+
     def body(carry, x):
         s, finals = carry
-        tokens, blocks = x
-        entering = None if blocks is None else entries.initial[blocks.sequence]
-        after, o, ends = _group(scale, cut, arithmetic(q.dtype), blocks, s, tokens, entering)
+        (q, k, v, g), blocks = x
+        scores, reads, writes, total = _chunks_alone(scale, cut, how, q, k, g)
+        after, (before, ends) = _states(how, cut, writes, v, total, s, entries, blocks)
+        o = _dot(how, "nbhric,nbhcv->nbhriv", scores, _to_chunks(v, cut))
+        o = o + _dot(how, "nbhrck,nbhkv->nbhrcv", reads, before)
         if blocks is not None:
             finals = finals.at[jnp.where(blocks.last, blocks.sequence, finals.shape[0])].set(ends, mode="drop")
-        return (after, finals), (s, o)
+        return (after, finals), (s, _from_chunks(o.astype(v.dtype)))
 
     finals = None if entries is None else entries.initial
     xs = _to_groups((q, k, v, g), cut), _blocks(entries, cut)
@@ -119,20 +120,42 @@ def _forward(scale, cut, q, k, v, g, state, entries):
 def _backward(scale, cut, residuals, cotangents):
     q, k, v, g, starts, entries = residuals
     do, dstate = cotangents
+    how = arithmetic(q.dtype)
+    dot = functools.partial(_dot, how)
 
     def body(carry, x):
         ds, dinitial = carry
-        s, tokens, do, blocks = x
-        entering = dends = None
-        if blocks is not None:
-            entering = entries.initial[blocks.sequence]
-            dends = jnp.where(blocks.last[:, None, None, None], dstate[blocks.sequence], 0)
-        _, pull = jax.vjp(functools.partial(_group, scale, cut, arithmetic(q.dtype), blocks), s, tokens, entering)
-        ds, dtokens, dentering = pull((ds, do, dends))
+        s, (q, k, v, g), do, blocks = x
+        run = functools.partial(_chunks_alone, scale, cut, how)
+        (scores, reads, writes, total), pull = jax.vjp(run, q, k, g)
+        _, (before, _) = _states(how, cut, writes, v, total, s, entries, blocks)
+
+        do, v_, heads = _to_chunks(do, cut, k.shape[2]), _to_chunks(v, cut), k.shape[2]
+        dscores = dot("nbhriv,nbhcv->nbhric", do, v_)
+        dreads = dot("nbhrcv,nbhkv->nbhrck", do, before)
+        dbefore = dot("nbhrck,nbhrcv->nbhkv", reads, do)
+
+        def step(ds, x):  # a chunk's share of the states' cotangents, from the cotangent of the state after it
+            dbefore, before, total, block = x
+            if block is not None:
+                ds = ds + jnp.where(block.last, dstate[block.sequence], 0)
+            dafter = ds.astype(how.dtype)
+            dtotal = None if total is None else jnp.sum(before * ds, -1 if g.ndim == 4 else (-2, -1), keepdims=True)
+            ds = dbefore + (ds if total is None else total * ds)
+            dentering = None
+            if block is not None:
+                dentering = jnp.where(block.first, ds[0], 0)
+                ds = jnp.where(block.first, 0, ds)
+            return ds, (dafter, dtotal, dentering)
+
+        ds, (dafter, dtotal, dentering) = jax.lax.scan(step, ds, (dbefore, before, total, blocks), reverse=True)
+        dwrites = dot("nbhcv,nbhkv->nbhck", v_, dafter)
+        dv = dot("nbhric,nbhriv->nbhcv", scores, do) + dot("nbhck,nbhkv->nbhcv", writes, dafter)
+        dq, dk, dg = pull((dscores.astype(how.dtype), dreads.astype(how.dtype), dwrites.astype(how.dtype), dtotal))
         if blocks is not None:
             firsts = jnp.where(blocks.first, blocks.sequence, dinitial.shape[0])
             dinitial = dinitial.at[firsts].set(dentering, mode="drop")
-        return (ds, dinitial), dtokens
+        return (ds, dinitial), (dq, dk, _from_chunks(dv.astype(v.dtype)), dg)
 
     # A sequence without tokens hands its state through, so its cotangent stays as it came.
     ds, dinitial = (dstate, None) if entries is None else (jnp.zeros_like(starts[0]), dstate)
@@ -169,41 +192,104 @@ def _blocks(entries: Entries | None, cut: Plan) -> Entries | None:
     return Entries(None, *(x.reshape(-1, cut.group) for x in entries[1:]))
 
 
-def _group(scale, cut, how, blocks, state, tokens, entering):
-    """One group of chunks from the state before it: the state after it, o, and with `blocks` the state after each chunk."""
-    q, k, v, g = tokens
-    batch, rows, heads, _ = q.shape
-    dot = functools.partial(_dot, how)
+def _to_chunks(x: Array, cut: Plan, heads: int | None = None) -> Array:
+    """[b, n * c, h, d] to [n, b, h, c, d], or to [n, b, hk, r, c, d] with the h heads as r for each of `heads` = hk."""
+    x = x.reshape(x.shape[0], cut.group, cut.chunk, x.shape[2], -1).transpose(1, 0, 3, 2, 4)
+    return x if heads is None else x.reshape(*x.shape[:2], heads, -1, *x.shape[3:])
 
-    def chunks(x):  # [b, n * c, h, d] -> [b, h, n, c, d]
-        return x.reshape(batch, cut.group, cut.chunk, x.shape[2], -1).transpose(0, 3, 1, 2, 4)
 
-    k, v = chunks(k).astype(jnp.float32), chunks(v)
-    q = chunks(q).astype(jnp.float32) * scale
-    q = q.reshape(batch, k.shape[1], -1, *q.shape[2:]).swapaxes(2, 3)  # [b, hk, n, r, c, k], r = h / hk
+def _from_chunks(x: Array) -> Array:
+    """The inverse of `_to_chunks`."""
+    x = x.reshape(*x.shape[:2], -1, *x.shape[-2:]).transpose(1, 0, 3, 2, 4)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _states(how, cut, writes, v, total, state, entries, blocks):
+    """The state after a group, the states before each chunk [n, b, hk, k, v], and with `blocks` those after [n, hk, k, v]."""
+
+    def step(s, x):
+        update, total, block = x
+        if block is not None:
+            s = jnp.where(block.first, entries.initial[block.sequence], s)
+        after = update + (s if total is None else total * s)
+        return after, (s.astype(how.dtype), None if block is None else after[0])
+
+    update = _dot(how, "nbhck,nbhcv->nbhkv", writes, _to_chunks(v, cut))
+    return jax.lax.scan(step, state, (update, total, blocks))
+
+
+def _chunks_alone(scale, cut, how, q, k, g):
+    """What a group's chunks have of q, k and g, each by itself.
+
+    Returns scores [n, b, hk, r, c, c], with the decays from j to i in them; reads [n, b, hk, r, c, k], queries decayed from the
+    chunk's start; writes [n, b, hk, c, k], keys decayed to its end; total [n, b, hk, k or 1, 1], the chunk's whole decay.
+    """
+    q = _to_chunks(q, cut, k.shape[2]).astype(jnp.float32) * scale
+    k = _to_chunks(k, cut).astype(jnp.float32)
     if g is None:
-        scores = jnp.tril(dot("bhnrik,bhnjk->bhnrij", q, k))
-        reads, writes, total = q, k, None
+        scores, reads, writes, total = jnp.tril(_dot(how, "nbhrik,nbhjk->nbhrij", q, k)), q, k, None
+    elif g.ndim == 3:
+        levels, prefix, suffix, total = _products(jnp.exp(_to_chunks(g, cut).astype(jnp.float32)))
+        scores = _dot(how, "nbhrik,nbhjk->nbhrij", q, k) * _scalar_decays(levels, cut.chunk, total)[:, :, :, None]
+        reads, writes, total = q * prefix[:, :, :, None], k * suffix, total.swapaxes(-1, -2)
     else:
-        decay = jnp.exp(chunks(g).astype(jnp.float32))  # [b, hk, n, c, k or 1]
-        levels, prefix, suffix, total = _products(decay)
-        if g.ndim == 4:
-            scores = _scores(dot, q, k, levels)
-        else:
-            scores = dot("bhnrik,bhnjk->bhnrij", q, k) * _scalar_decays(levels)[:, :, :, None]
-        reads, writes, total = q * prefix[:, :, :, None], k * suffix, total[..., 0, :, None]
+        return _vector_decays(how, q, k, _to_chunks(g, cut).astype(jnp.float32))
+    return *(x.astype(how.dtype) for x in (scores, reads, writes)), total
 
-    update = dot("bhnck,bhncv->bhnkv", writes, v)
-    before, after = [], []
-    for n in range(cut.group):
-        if blocks is not None:
-            state = jnp.where(blocks.first[n], entering[n], state)
-        before.append(state)
-        state = update[:, :, n] + (state if total is None else total[:, :, n] * state)
-        after.append(state)
-    o = dot("bhnrij,bhnjv->bhnriv", scores, v) + dot("bhnrck,bhnkv->bhnrcv", reads, jnp.stack(before, 2))
-    o = o.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows, heads, -1)
-    return state, o.astype(v.dtype), None if blocks is None else jnp.concatenate(after)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vector_decays(how, q, k, g):
+    """`_chunks_alone` for a gate with a value a channel, g [n, b, hk, c, k]."""
+    return _vector_forward(how, q, k, g)[0]
+
+
+def _vector_forward(how, q, k, g):
+    levels, prefix, suffix, total = _products(jnp.exp(g))
+    scores = jnp.sum(q * k[:, :, :, None], -1)[..., None, None]
+    halves = []
+    for right, left in levels:
+        queries = _halves(_blocks_of(q, right.shape[-2]))[1] * right[:, :, :, None]
+        keys = _halves(_blocks_of(k, left.shape[-2]))[0] * left
+        halves.append(_keep((queries.astype(how.dtype), keys.astype(how.dtype))))
+        scores = _below_diagonal(scores, _dot(how, "nbhrsik,nbhsjk->nbhrsij", *halves[-1]))
+    reads, writes = (q * prefix[:, :, :, None]).astype(how.dtype), (k * suffix).astype(how.dtype)
+    scores = scores[..., 0, :, :].astype(how.dtype)
+    out = scores, reads, writes, total.swapaxes(-1, -2)
+    levels = [_keep((right.astype(how.dtype), left.astype(how.dtype))) for right, left in levels]
+    return out, (q, k, g, levels, prefix, suffix, halves, out)
+
+
+def _vector_backward(how, residuals, cotangents):
+    """The gate's gradient by products of operands and their cotangents, summed over time.
+
+    A pair i > j of the chunk holds the gates from j + 1 to i. So dg_l is the sum over i >= l of what token i has as a query
+    less the sum over j >= l of what token j has as a key. Pairs with both after l cancel, to float32's rounding only, since
+    the same rounded operands made both sums.
+    """
+    q, k, g, levels, prefix, suffix, halves, (_, reads, writes, total) = residuals
+    dscores, dreads, dwrites, dtotal = (x.astype(jnp.float32) for x in cotangents)
+    diagonal = jnp.diagonal(dscores, axis1=-2, axis2=-1)[..., None]
+    dq = dreads * prefix[:, :, :, None] + diagonal * k[:, :, :, None]
+    dk = dwrites * suffix + jnp.sum(diagonal * q, 3)
+    written = dwrites * writes
+    net = jnp.sum(dreads * reads, 3) - written
+    for (right, left), (queries, keys) in zip(levels, halves, strict=True):
+        m = right.shape[-2]
+        blocks = dscores.reshape(*dscores.shape[:-2], -1, 2, m, dscores.shape[-1] // (2 * m), 2, m)
+        low = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        dqueries = _dot(how, "nbhrsij,nbhsjk->nbhrsik", low, keys)
+        dkeys = _dot(how, "nbhrsij,nbhrsik->nbhsjk", low, queries)
+        dq = dq + _in_right_halves(dqueries * right[:, :, :, None])
+        dk = dk + _in_left_halves(dkeys * left)
+        net = net + _in_right_halves(jnp.sum(dqueries * queries, 3)) - _in_left_halves(dkeys * keys)
+    dq, dk, net, written = _keep((dq, dk, net, written))
+    later = jnp.triu(jnp.ones((g.shape[-2],) * 2))
+    dg = jnp.einsum("ij,nbhjk->nbhik", later, net, precision=jax.lax.Precision.HIGHEST)
+    dg = dg + jnp.sum(written, -2, keepdims=True) + (dtotal * total).swapaxes(-1, -2)
+    return dq, dk, jnp.where(g == -jnp.inf, 0, dg)
+
+
+_vector_decays.defvjp(_vector_forward, _vector_backward)
 
 
 def _products(decay: Array):
@@ -214,7 +300,7 @@ def _products(decay: Array):
     to the middle. prefix and suffix [..., c, d] are those products from the chunk's start and to its end, and total
     [..., 1, d] that of the whole chunk.
     """
-    prefix = total = decay[..., None, :]
+    prefix = total = _blocks_of(decay, 1)
     suffix = jnp.ones_like(prefix)
     levels = []
     while prefix.shape[-3] > 1:
@@ -227,10 +313,30 @@ def _products(decay: Array):
     return levels, prefix[..., 0, :, :], suffix[..., 0, :, :], total[..., 0, :, :]
 
 
+def _keep(tree):
+    """The arrays as they are, in memory: XLA would make them again, and unrounded, in each place that reads them."""
+    return jax.lax.optimization_barrier(tree)
+
+
+def _blocks_of(x: Array, m: int) -> Array:
+    """[..., c, d] -> [..., c / m, m, d]."""
+    return x.reshape(*x.shape[:-2], -1, m, x.shape[-1])
+
+
 def _halves(x: Array) -> tuple[Array, Array]:
     """[..., 2n, m, d] -> the even and the odd blocks, each [..., n, m, d]."""
     x = x.reshape(*x.shape[:-3], -1, 2, *x.shape[-2:])
     return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _in_left_halves(x: Array) -> Array:
+    """[..., n, m, d] -> [..., 2 n m, d] with x in the even blocks of m and zeros in the odd ones."""
+    return jnp.concatenate([x, jnp.zeros_like(x)], -2).reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+def _in_right_halves(x: Array) -> Array:
+    """[..., n, m, d] -> [..., 2 n m, d] with x in the odd blocks of m and zeros in the even ones."""
+    return jnp.concatenate([jnp.zeros_like(x), x], -2).reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def _below_diagonal(blocks: Array, low: Array) -> Array:
@@ -240,22 +346,9 @@ def _below_diagonal(blocks: Array, low: Array) -> Array:
     return jnp.concatenate([top, jnp.concatenate([low, second], -1)], -2)
 
 
-def _scores(dot, q: Array, k: Array, levels) -> Array:
-    """Lower-triangular [b, hk, n, r, c, c]: sum over k of q_i k_j and the decays from j to i."""
-    scores = jnp.sum(q * k[:, :, :, None], -1)[..., None, None]
-    for right, left in levels:
-        m = right.shape[-2]
-        _, q_right = _halves(q.reshape(*q.shape[:-2], -1, m, q.shape[-1]))
-        k_left, _ = _halves(k.reshape(*k.shape[:-2], -1, m, k.shape[-1]))
-        low = dot("bhnrsik,bhnsjk->bhnrsij", q_right * right[:, :, :, None], k_left * left)
-        scores = _below_diagonal(scores, low)
-    return scores[..., 0, :, :]
-
-
-def _scalar_decays(levels) -> Array:
-    """Lower-triangular [b, hk, n, c, c]: the products of scalar decays from j to i."""
-    right, _ = levels[0]
-    decays = jnp.ones((*right.shape[:-3], 2 * right.shape[-3], 1, 1), right.dtype)
+def _scalar_decays(levels, chunk: int, total: Array) -> Array:
+    """Lower-triangular [n, b, hk, c, c]: the products of scalar decays from j to i."""
+    decays = jnp.ones((*total.shape[:-2], chunk, 1, 1), total.dtype)
     for right, left in levels:
         decays = _below_diagonal(decays, right * left.swapaxes(-1, -2))
     return decays[..., 0, :, :]
@@ -264,6 +357,7 @@ def _scalar_decays(levels) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dot(how: Arithmetic, spec: str, x: Array, y: Array) -> Array:
     """einsum to float32 of operands rounded as `how` says; its transposes round theirs likewise."""
+
     def multiply(x, y):
         return jnp.einsum(spec, x, y, precision=how.precision, preferred_element_type=jnp.float32)
 
