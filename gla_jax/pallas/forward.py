@@ -1,0 +1,127 @@
+"""The forward on Hopper: which calls it supports, and how arguments are brought to the kernel's shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gla_jax.array_types import Array, Gate, Key, Query, State, Value
+from gla_jax.pallas.config import WIDTH, choose_forward
+from gla_jax.pallas.forward_kernel import CHUNK, forward_kernel, scratch
+
+LARGEST_KEY = 128
+_DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def why_unsupported(
+    q: Query | jax.ShapeDtypeStruct,
+    k: Key | jax.ShapeDtypeStruct,
+    v: Value | jax.ShapeDtypeStruct,
+    g: Gate | jax.ShapeDtypeStruct | None = None,
+    *,
+    own_states: bool = False,
+    platform: str | None = None,
+) -> str | None:
+    """Says why `forward` does not take a call, or None if it does.
+
+    Args:
+      q, k, v, g: as `forward`'s; only shapes and dtypes are read.
+      own_states: whether the call has sequences with a state each (cu_seqlens with states).
+      platform: "hopper" stands for the default device's own compute capability, for tests without one.
+    """
+    if q.dtype not in _DTYPES:
+        return f"it takes bfloat16 and float16, and q is {q.dtype}"
+    if q.shape[-1] > LARGEST_KEY:
+        return f"it takes k up to {LARGEST_KEY}, and k is {q.shape[-1]}"
+    if own_states:
+        return "it keeps one state a batch row, and cu_seqlens with states asks for one a sequence"
+    if platform is None:
+        device = jax.devices()[0]
+        platform = "hopper" if getattr(device, "compute_capability", None) == "9.0" else device.platform
+    if platform != "hopper":
+        return f"it needs a Hopper GPU, and the device is {platform}"
+    return None
+
+
+def forward(
+    q: Query,
+    k: Key,
+    v: Value,
+    g: Gate | None,
+    scale: float,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Array, State | None]:
+    """The gated scan S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in one Mosaic GPU kernel.
+
+    Args:
+      q: [b, t, h, k], bfloat16 or float16, k at most 128.
+      k, v: [b, t, hk, k] and [b, t, hk, v] of q's dtype.
+      g: log decay, [b, t, hk] or [b, t, hk, k], at most 0; -inf is a hard reset. None for no decay. A float32 gate is
+        rounded to q's dtype, which moves a decay's exponent by at most 2^-9 of itself.
+      scale: factor of o.
+      initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
+      output_final_state: whether to return the state after the last token.
+      interpret: runs the kernel in Pallas' interpreter.
+
+    Returns:
+      o [b, t, h, v] of v's dtype, and the final state [b, hk, k, v] in float32 or None.
+    """
+    batch, time, heads, key_size = q.shape
+    kv_heads, value_size = v.shape[2:]
+    g = _per_channel(g, k)
+    config = choose_forward(key_size, value_size, batch * heads, q.dtype)
+
+    padded_time = max(CHUNK, -(-time // 8) * 8)
+    widths = config.key_blocks * WIDTH, -(-value_size // config.value_width) * config.value_width
+    q, k, g = (_pad(x, padded_time, widths[0]) for x in (q, k, g))
+    v = _pad(v, padded_time, widths[1])
+    if initial_state is not None:
+        initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
+
+    body = functools.partial(
+        forward_kernel,
+        config=config,
+        chunks=pl.cdiv(time, CHUNK),
+        group=heads // kv_heads,
+        scale=scale,
+        has_initial=initial_state is not None,
+        has_final=output_final_state,
+        interpret=interpret is not None,
+    )
+    out_type = [jax.ShapeDtypeStruct((batch, padded_time, heads, widths[1]), v.dtype)]
+    if output_final_state:
+        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, *widths), jnp.float32))
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(out_type),
+        grid=(batch, heads, widths[1] // config.value_width),
+        grid_names=("batch", "head", "part"),
+        num_threads=config.threads,
+        thread_name="role",
+        scratch_types=[scratch(config, q.dtype, g.dtype)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    o, *state = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))
+    o = o[:, :time, :, :value_size]
+    return o, state[0][:, :, :key_size, :value_size] if output_final_state else None
+
+
+def _per_channel(g, k):
+    if g is None:
+        return jnp.zeros_like(k)
+    if g.ndim == 3:
+        g = jnp.broadcast_to(g[..., None], k.shape)
+    return g.astype(k.dtype) if g.dtype not in _DTYPES else g
+
+
+def _pad(x, first, second, axes=(1, 3)):
+    pad = [(0, 0)] * x.ndim
+    for axis, size in zip(axes, (first, second), strict=True):
+        pad[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pad) if any(high for _, high in pad) else x

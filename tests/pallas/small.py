@@ -1,0 +1,58 @@
+"""Arguments of every gate strength, the recurrence in float64, and an H100 to lower for without one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh
+
+GATES = ("mild", "strong", "mixed", "resets", "one channel", "late")
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def gates(rng, kind, shape):
+    mild = -np.logaddexp(0.0, -rng.standard_normal(shape)) / 16
+    if kind == "strong":
+        return mild * 48
+    if kind == "mixed":
+        values = [-1e-4, -5.0, -50.0, -1e4, -1e37, -np.inf, -0.1]
+        return rng.choice(values, shape, p=[0.5, 0.1, 0.02, 0.01, 0.01, 0.01, 0.35])
+    if kind == "resets":
+        return np.where(rng.random((*shape[:3], *[1] * (len(shape) - 3))) < 0.03, -np.inf, mild)
+    if kind == "one channel":
+        mild[..., 5::7, -1] = -1e4
+    if kind == "late":
+        mild[:, shape[1] // 2 :] *= 100
+    return mild
+
+
+def arguments(kind, b, t, h, k, v, *, hk=None, dtype="bfloat16", gate_dtype=None, seed=0):
+    """q, k, v, g and an initial state."""
+    rng, hk = np.random.default_rng(seed), hk or h
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    q, key, value = normal(b, t, h, k), normal(b, t, hk, k), normal(b, t, hk, v)
+    g = jnp.asarray(gates(rng, kind, (b, t, hk, k)).astype("float32")).astype(gate_dtype or dtype)
+    return q, key, value, g, jnp.asarray(rng.standard_normal((b, hk, k, v)), "float32")
+
+
+def recurrence(q, k, v, g, scale, state):
+    """o and the final state in float64, token by token."""
+    q, k, v, state = (np.asarray(x, np.float64) for x in (q, k, v, state))
+    decay = np.ones(k.shape[:3]) if g is None else np.exp(np.asarray(g, np.float64))
+    decay = np.broadcast_to(decay.reshape(*decay.shape, *[1] * (4 - decay.ndim)), k.shape)
+    group, o = q.shape[2] // k.shape[2], []
+    for i in range(q.shape[1]):
+        state = decay[:, i, :, :, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
+        o.append(np.einsum("bhk,bhkv->bhv", scale * q[:, i], np.repeat(state, group, 1)))
+    return np.stack(o, 1), state
+
+
+def relative(x, reference):
+    """RMS(x - reference) / RMS(reference)."""
+    error = np.asarray(x, np.float64) - reference
+    return np.sqrt(np.mean(error**2) / np.mean(reference**2))
+
+
+def lower_for_h100(f, *args):
+    """Lowers a function of arrays or ShapeDtypeStructs for an H100 that need not be there."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))

@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gla_jax.pallas import forward, why_unsupported
+from gla_jax.pallas.config import ForwardConfig, choose_forward
+
+from .small import GATES, arguments, lower_for_h100, recurrence, relative
+
+# b, t, h, hk, k, v: every tuning, tails of a chunk, padded k and v, grouped heads.
+SMALL = [(1, 130, 2, 1, 64, 64), (1, 136, 1, 1, 128, 64), (1, 20, 1, 1, 40, 24), (1, 70, 60, 60, 80, 256)]
+TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
+STRONG_TOLERANCE = {"bfloat16": 5e-3, "float16": 4e-3}
+SHAPES = [(8, 2048, 16, 128, 128), (2, 8192, 16, 64, 128), (8, 2048, 4, 128, 256), (2, 192, 2, 32, 64)]
+# Numpy, which the interpreter computes with, warns of sums of -inf that the kernel makes to find them.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def interpreted(*args, **kwargs):
+    return forward(*args, **kwargs, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+
+def check(run, kind, b, t, h, hk, k, v, dtype="bfloat16", **kwargs):
+    q, key, value, g, state = arguments(kind, b, t, h, k, v, hk=hk, dtype=dtype, **kwargs)
+    o, final = run(q, key, value, g, k**-0.5, state, True)
+    want = recurrence(q, key, value, g, k**-0.5, state)
+    assert o.dtype == value.dtype
+    tolerance = TOLERANCE[dtype] if kind == "mild" else STRONG_TOLERANCE[dtype]
+    assert relative(o, want[0]) < tolerance
+    assert relative(final, want[1]) < tolerance
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_every_gate_strength(kind):
+    check(interpreted, kind, *SMALL[0])
+
+
+@pytest.mark.parametrize("shape", SMALL[1:3], ids=str)
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
+def test_shapes(kind, shape):
+    check(interpreted, kind, *shape)
+
+
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
+def test_two_matmul_warpgroups(kind, monkeypatch):
+    monkeypatch.setattr("gla_jax.pallas.config._FULL", 1)
+    check(interpreted, kind, 1, 70, 1, 1, 128, 128)
+
+
+@pytest.mark.parametrize("kind", ["mild", "late"])
+def test_float16(kind):
+    check(interpreted, kind, 1, 130, 1, 1, 64, 64, dtype="float16")
+
+
+def test_gate_kinds_and_no_states():
+    q, k, v, g, _ = arguments("mild", 1, 70, 1, 64, 64, gate_dtype="float32")
+    zeros = np.zeros((1, 1, 64, 64))
+    for gate in (None, g[..., 0]):
+        o, final = interpreted(q, k, v, gate, 1.0)
+        assert final is None
+        assert relative(o, recurrence(q, k, v, gate, 1.0, zeros)[0]) < 5e-3
+
+
+@pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float16", True)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lowers_for_an_h100(shape, dtype, states):
+    b, t, h, k, v = shape
+    wide, values = (jax.ShapeDtypeStruct((b, t, h, n), dtype) for n in (k, v))
+    state = jax.ShapeDtypeStruct((b, h, k, v), "float32") if states else None
+    f = lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, states)
+    lowered = lower_for_h100(f, wide, wide, values, wide, state)
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_lowers_with_64_bit_types():
+    with jax.enable_x64(True):
+        x = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
+        lower_for_h100(lambda q, k, v, g: forward(q, k, v, g, 1.0), x, x, x, x)
+
+
+def test_why_unsupported():
+    def why(dtype="bfloat16", k=64, **options):
+        q, v = jax.ShapeDtypeStruct((1, 64, 1, k), dtype), jax.ShapeDtypeStruct((1, 64, 1, 64), dtype)
+        return why_unsupported(q, q, v, None, **options) or "supported"
+
+    assert why(platform="hopper") == "supported"
+    assert "float32" in why("float32", platform="hopper")
+    assert "257" in why(k=257, platform="hopper")
+    assert "cu_seqlens" in why(own_states=True, platform="hopper")
+    assert "Hopper" in why(platform="cpu")
+    if jax.default_backend() == "cpu":
+        assert "Hopper" in why()
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match="registers"):
+        ForwardConfig(1, 1, 1, 1, 2, matmul_registers=256, gate_registers=256)
+    with pytest.raises(ValueError, match="must divide"):
+        ForwardConfig(1, 1, 2, 2, 2, matmul_registers=104, gate_registers=104)
+    with pytest.raises(ValueError, match="take turns"):
+        ForwardConfig(1, 1, 2, 1, 3, matmul_registers=104, gate_registers=104)
+    assert choose_forward(128, 128, 128, jnp.dtype("bfloat16")) != choose_forward(128, 128, 32, jnp.dtype("bfloat16"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [*SMALL, (2, 1000, 4, 2, 64, 128), (2, 300, 60, 60, 128, 128)], ids=str)
+@pytest.mark.parametrize("kind", GATES)
+def test_on_the_gpu(kind, shape, dtype):
+    check(jax.jit(forward, static_argnums=(4, 6)), kind, *shape, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("shape", [(2, 1000, 4, 64, 128), (2, 1000, 8, 128, 128), (2, 1000, 60, 128, 128)], ids=str)
+def test_same_bits_from_run_to_run(shape, kind):
+    q, k, v, g, state = arguments(kind, *shape)
+    run = jax.jit(lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True))
+    first = jax.device_get(run(q, k, v, g, state))
+    for _ in range(100):
+        for x, y in zip(first, jax.device_get(run(q, k, v, g, state)), strict=True):
+            np.testing.assert_array_equal(x, y)
