@@ -1,9 +1,10 @@
 """Times the op's implementations, and the peers that are installed, in one run on one device; writes one JSON file.
 
-    python benchmarks/op.py cpu --out benchmarks/results/op-cpu.json      # needs jax-linear-attention, --no-deps, and equinox
+    pip install --no-deps jax-linear-attention==0.1.0 && pip install equinox      # the peer, for the CPU's run
+    python benchmarks/op.py cpu --out benchmarks/results/op-cpu.json
     python benchmarks/op.py gpu --out benchmarks/results/op-xla-h100.json
 
-Milliseconds are medians over repeats; each repeat runs every entry once, so that drift of the machine falls on all alike.
+Milliseconds are medians over repeats; each repeat runs every entry once, so that drift falls on all alike.
 """
 
 import argparse

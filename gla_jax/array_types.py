@@ -4,13 +4,14 @@ b batch   t time   h query heads   hk key/value heads   k key dimension   v valu
 n sequences (or chunks)   c tokens in a chunk   r query heads of a key/value head   d model width
 """
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 __all__ = ["Array", "Float", "Gate", "Ids", "Int", "Key", "Query", "State", "Value"]
 
-Query = Float[Array, "b t h k"]
-Key = Float[Array, "b t hk k"]
-Value = Float[Array, "b t hk v"]
-Gate = Float[Array, "..."]  # the shape says the kind: [hk], [b, t, hk] or [b, t, hk, k]
-State = Float[Array, "n hk k v"]  # n is b, or the number of sequences
-Ids = Int[Array, "b t"]
+Query = Float[Array | np.ndarray, "b t h k"]
+Key = Float[Array | np.ndarray, "b t hk k"]
+Value = Float[Array | np.ndarray, "b t hk v"]
+Gate = Float[Array | np.ndarray, "..."]  # the shape says the kind: [hk], [b, t, hk] or [b, t, hk, k]
+State = Float[Array | np.ndarray, "n hk k v"]  # n is b, or the number of sequences
+Ids = Int[Array | np.ndarray, "b t"]

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gla_jax import checks, segments
 from gla_jax.array_types import Array, Gate, Ids, Int, Key, Query, State, Value
@@ -25,7 +26,7 @@ def gated_linear_attention(
     initial_state: State | None = None,
     output_final_state: bool = False,
     segment_ids: Ids | None = None,
-    cu_seqlens: Int[Array, "n+1"] | None = None,
+    cu_seqlens: Int[Array | np.ndarray, "n+1"] | None = None,
     reverse: bool = False,
     implementation: Implementation | Sequence[Implementation] | None = None,
 ) -> tuple[Array, State | None]:
@@ -33,29 +34,29 @@ def gated_linear_attention(
 
         S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
 
-    (arXiv 2312.06635, equation 3.) Every gate is exact, in the output and in every gradient: decays are only ever multiplied,
-    so that no strength of gate over- or underflows, and g = -inf is a hard reset. Reverse-mode derivatives of any order work;
-    forward mode (`jax.jvp`) raises a TypeError for "xla" and works for "reference".
+    (arXiv 2312.06635, equation 3.) Every gate is exact, in the output and in every gradient: logarithms of decays are
+    only ever added, so that no strength of gate over- or underflows, and g = -inf is a hard reset. Reverse-mode
+    derivatives of any order work; forward mode (`jax.jvp`) raises a TypeError for "xla" and works for "reference".
 
     Args:
-      q: [b, t, h, k] queries; float32, bfloat16, float16, or float64 for "reference". h is a multiple of hk, and query head
-        i reads key/value head i // (h / hk).
+      q: [b, t, h, k] queries; float32, bfloat16, float16, or float64 for "reference". h is a multiple of hk, and query
+        head i reads key/value head i // (h / hk).
       k: [b, t, hk, k] keys, of q's dtype.
       v: [b, t, hk, v] values, of q's dtype.
-      g: natural logarithm of the decay, at most 0, of q's dtype or float32. Its shape says its kind: None (no decay), [hk] (a
-        constant a head), [b, t, hk] (a scalar a token), [b, t, hk, k] (a vector a token).
+      g: natural logarithm of the decay, at most 0, of q's dtype or float32. Its shape says its kind: None (no decay),
+        [hk] (a constant a head), [b, t, hk] (a scalar a token), [b, t, hk, k] (a vector a token).
       scale: factor of the output; k**-0.5 if None.
       initial_state: [b, hk, k, v], or [n, hk, k, v] with cu_seqlens; float32 (float64 for float64). Zeros if None.
       output_final_state: whether to return the state after the last token.
-      segment_ids: [b, t] int. The state starts from zero wherever the id changes, initial_state enters the first segment of
-        a row and the last one's state leaves it. A token with a negative id is padding: its output is 0, it leaves state and
-        gradients alone, and it ends no segment.
-      cu_seqlens: [n + 1] int, non-decreasing from 0 to at most t: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1] of
-        the only batch row (b = 1). Each has its own initial and final state. Rows past the last give 0.
-      reverse: run from the last token to the first, in each sequence: initial_state enters at the right end and the final
-        state leaves at the left.
-      implementation: "xla" (chunkwise, every backend) or "reference" (token by token); a sequence of names takes the first
-        that supports the call, None the best. `which_implementation` says which that is.
+      segment_ids: [b, t] int. The state starts from zero wherever the id changes; initial_state enters the first
+        segment of a row and the last one's state leaves it. A token with a negative id is padding: its output is 0, it
+        leaves state and gradients alone, and it ends no segment.
+      cu_seqlens: [n + 1] int, non-decreasing from 0 to at most t: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1]
+        of the only batch row (b = 1). Each has its own initial and final state. Rows past the last give 0.
+      reverse: run from the last token to the first, in each sequence: initial_state enters at the right end and the
+        final state leaves at the left.
+      implementation: "xla" (chunkwise, every backend) or "reference" (token by token); a sequence of names takes the
+        first that supports the call, None the best. `which_implementation` says which that is.
 
     Returns:
       o [b, t, h, v] of v's dtype, and the final state [b or n, hk, k, v] (float32, or float64 for float64) or None.
@@ -63,6 +64,8 @@ def gated_linear_attention(
     Raises:
       ValueError: an argument has a wrong shape, dtype or value, or the named implementation does not support the call.
     """
+    q, k, v, g, initial_state = checks.as_jax(q, k, v, g, initial_state)
+    segment_ids, cu_seqlens = checks.as_jax(segment_ids, cu_seqlens)
     options = checks.Options(scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
     checks.check_call(q, k, v, g, options)
     name = _pick(implementation, q, k, v, g, options)

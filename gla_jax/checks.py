@@ -1,11 +1,10 @@
-"""What gated_linear_attention and its step accept: each refusal names the argument, what was given and what is allowed."""
+"""What gated_linear_attention and its step accept: a refusal names the argument, what was given and what is allowed."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from gla_jax.array_types import Array
+import numpy as np
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
@@ -14,15 +13,20 @@ class Options(NamedTuple):
     """The keyword arguments of gated_linear_attention that all implementations read."""
 
     scale: float | None
-    initial_state: Array | None
+    initial_state: Any
     output_final_state: bool
-    segment_ids: Array | None
-    cu_seqlens: Array | None
+    segment_ids: Any
+    cu_seqlens: Any
     reverse: bool
 
     def with_scale(self, key_dim: int) -> "Options":
         """These options with the scale's default put in."""
         return self if self.scale is not None else self._replace(scale=key_dim**-0.5)
+
+
+def as_jax(*arguments: Any) -> Any:
+    """The arguments with numpy arrays made into JAX arrays, and all else as it is."""
+    return tuple(jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arguments)
 
 
 def state_dtype(dtype) -> jnp.dtype:
@@ -55,11 +59,15 @@ def check_call(q, k, v, g, options: Options) -> None:
         if cu.ndim != 1 or cu.shape[0] < 2:
             raise ValueError(f"cu_seqlens must be [n + 1] with n >= 1, got shape {cu.shape}")
         if batch != 1:
-            raise ValueError(f"cu_seqlens needs q, k and v with b = 1 (sequences lie one after another), got b = {batch}")
+            raise ValueError(
+                f"cu_seqlens needs q, k and v with b = 1 (sequences lie one after another), got b = {batch}"
+            )
         if _is_concrete(cu):
-            values = jax.device_get(cu)
+            values = np.asarray(cu)
             if values[0] != 0 or (values[1:] < values[:-1]).any() or values[-1] > time:
-                raise ValueError(f"cu_seqlens must be non-decreasing from 0 to at most t = {time}, got {_brief(values)}")
+                raise ValueError(
+                    f"cu_seqlens must be non-decreasing from 0 to at most t = {time}, got {_brief(values)}"
+                )
         sequences, letter = cu.shape[0] - 1, "n"
     _check_state("initial_state", options.initial_state, letter, (sequences, heads, key_dim, v.shape[3]), q.dtype)
 
@@ -117,7 +125,7 @@ def _check_gate(g, kinds: dict[int, tuple[str, tuple[int, ...]]], dtype) -> None
         raise ValueError(f"g must be None or one of {allowed}, got shape {g.shape}")
     if g.dtype not in (dtype, jnp.float32):
         raise ValueError(f"g must be of q's dtype {dtype} or float32, got {g.dtype}")
-    if _is_concrete(g) and (most := float(jnp.max(g))) > 0:
+    if _is_concrete(g) and (most := float(np.max(np.asarray(g)))) > 0:
         raise ValueError(f"g is the logarithm of a decay and must be at most 0, got a maximum of {most:g}")
 
 

@@ -1,17 +1,17 @@
 """Gated linear attention in chunks, in plain JAX: matmuls on every backend, exact for every gate.
 
 Inside a chunk, a matmul needs the decay from token j to token i as (something of i) times (something of j). The usual
-quotient of cumulative decays b_i / b_j over- or underflows when gates are strong. Here the chunk is halved again and again
-instead: for i in the right half of a block and j in its left half, the decay is
+quotient of cumulative decays b_i / b_j over- or underflows when gates are strong. Here the chunk is halved again and
+again instead: for i in the right half of a block and j in its left half, the decay is
 
-    (product from the middle up to i) * (product from j + 1 up to the middle),
+    (decay from the middle up to i) * (decay from j + 1 up to the middle),
 
-two factors that are both at most 1. A block's scores are its two halves' scores on the diagonal and one matmul below it;
-log2(chunk) levels make the chunk's. Only products of decays occur, never a quotient or a difference of logarithms, so that
-nothing overflows or cancels and a decay of exactly 0 (a hard reset) is a factor like any other.
+two factors that are both at most 1. A block's scores are its two halves' scores on the diagonal and one matmul below
+it; log2(chunk) levels make the chunk's. Logarithms of decays are only ever added, never subtracted, so that nothing
+overflows or cancels, and -inf (a hard reset) is a number like any other.
 
-Across chunks S' = Diag(total) S + (k * suffix)^T v, and a chunk reads (q * prefix) S. A scan works on one group of chunks at
-a time; the backward keeps the state at each group's start and differentiates the group from there.
+Across chunks S' = Diag(total) S + (k * suffix)^T v, and a chunk reads (q * prefix) S. A scan works on one group of
+chunks at a time; the backward keeps the state at each group's start and computes the group again from there.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from gla_jax.array_types import Array
-from gla_jax.segments import Entries
+from gla_jax.segments import Blocks, Entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,85 +84,88 @@ def chunked(
         q, k, v, g = jax.tree.map(
             lambda x: jnp.pad(x, ((0, 0), (0, rows - time)) + ((0, 0),) * (x.ndim - 2)), (q, k, v, g)
         )
+    initial = blocks = None
     if entries is not None:
-        more = (0, rows // cut.chunk - entries.sequence.size)
-        sequence = jnp.pad(entries.sequence, more, constant_values=entries.initial.shape[0])
-        entries = Entries(entries.initial, sequence, jnp.pad(entries.first, more), jnp.pad(entries.last, more))
-    o, state = _chunked(scale, cut, q, k, v, g, state, entries)
+        initial, (sequence, *ends) = entries
+        more = (0, rows // cut.chunk - sequence.size)
+        sequence = jnp.pad(sequence, more, constant_values=initial.shape[0])
+        blocks = Blocks(sequence, *(jnp.pad(x, more) for x in ends))
+        blocks = Blocks(*(x.reshape(-1, cut.group) for x in blocks))
+    o, state = _chunked(scale, cut, q, k, v, g, state, initial, blocks)
     return o[:, :time], state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(scale, cut, q, k, v, g, state, entries):
-    return _forward(scale, cut, q, k, v, g, state, entries)[0]
+def _chunked(scale, cut, q, k, v, g, state, initial, blocks):
+    return _forward(scale, cut, q, k, v, g, state, initial, blocks)[0]
 
 
-def _forward(scale, cut, q, k, v, g, state, entries):
+def _forward(scale, cut, q, k, v, g, state, initial, blocks):
     how = arithmetic(q.dtype)
 
     def body(carry, x):
         s, finals = carry
-        (q, k, v, g), blocks = x
+        (q, k, v, g), block = x
         scores, reads, writes, total = _chunks_alone(scale, cut, how, q, k, g)
-        after, (before, ends) = _states(how, cut, writes, v, total, s, entries, blocks)
+        after, (before, ends) = _states(how, cut, writes, v, total, s, initial, block)
         o = _dot(how, "nbhric,nbhcv->nbhriv", scores, _to_chunks(v, cut))
         o = o + _dot(how, "nbhrck,nbhkv->nbhrcv", reads, before)
-        if blocks is not None:
-            finals = finals.at[jnp.where(blocks.last, blocks.sequence, finals.shape[0])].set(ends, mode="drop")
+        if block is not None:
+            finals = finals.at[jnp.where(block.last, block.sequence, finals.shape[0])].set(ends, mode="drop")
         return (after, finals), (s, _from_chunks(o.astype(v.dtype)))
 
-    finals = None if entries is None else entries.initial
-    xs = _to_groups((q, k, v, g), cut), _blocks(entries, cut)
-    (state, finals), (starts, o) = jax.lax.scan(body, (state, finals), xs)
-    return (_from_groups(o), state if entries is None else finals), (q, k, v, g, starts, entries)
+    xs = _to_groups((q, k, v, g), cut), blocks
+    (state, finals), (starts, o) = jax.lax.scan(body, (state, initial), xs)
+    return (_from_groups(o), state if blocks is None else finals), (q, k, v, g, starts, initial, blocks)
 
 
 def _backward(scale, cut, residuals, cotangents):
-    q, k, v, g, starts, entries = residuals
+    q, k, v, g, starts, initial, blocks = residuals
     do, dstate = cotangents
     how = arithmetic(q.dtype)
     dot = functools.partial(_dot, how)
 
     def body(carry, x):
         ds, dinitial = carry
-        s, (q, k, v, g), do, blocks = x
+        s, (q, k, v, g), do, block = x
         run = functools.partial(_chunks_alone, scale, cut, how)
         (scores, reads, writes, total), pull = jax.vjp(run, q, k, g)
-        _, (before, _) = _states(how, cut, writes, v, total, s, entries, blocks)
+        _, (before, _) = _states(how, cut, writes, v, total, s, initial, block)
 
-        do, v_, heads = _to_chunks(do, cut, k.shape[2]), _to_chunks(v, cut), k.shape[2]
+        do, v_ = _to_chunks(do, cut, k.shape[2]), _to_chunks(v, cut)
         dscores = dot("nbhriv,nbhcv->nbhric", do, v_)
         dreads = dot("nbhrcv,nbhkv->nbhrck", do, before)
         dbefore = dot("nbhrck,nbhrcv->nbhkv", reads, do)
 
         def step(ds, x):  # a chunk's share of the states' cotangents, from the cotangent of the state after it
-            dbefore, before, total, block = x
-            if block is not None:
-                ds = ds + jnp.where(block.last, dstate[block.sequence], 0)
+            dbefore, before, total, chunk = x
+            if chunk is not None:
+                ds = ds + jnp.where(chunk.last, dstate[chunk.sequence], 0)
             dafter = ds.astype(how.dtype)
-            dtotal = None if total is None else jnp.sum(before * ds, -1 if g.ndim == 4 else (-2, -1), keepdims=True)
-            ds = dbefore + (ds if total is None else total * ds)
+            dtotal = None
+            if total is not None:
+                dtotal = jnp.exp(total) * jnp.sum(before * ds, -1 if g.ndim == 4 else (-2, -1), keepdims=True)
+            ds = _decay_and_add(total, ds, dbefore)
             dentering = None
-            if block is not None:
-                dentering = jnp.where(block.first, ds[0], 0)
-                ds = jnp.where(block.first, 0, ds)
+            if chunk is not None:
+                dentering = jnp.where(chunk.first, ds[0], 0)
+                ds = jnp.where(chunk.first, 0, ds)
             return ds, (dafter, dtotal, dentering)
 
-        ds, (dafter, dtotal, dentering) = jax.lax.scan(step, ds, (dbefore, before, total, blocks), reverse=True)
+        ds, (dafter, dtotal, dentering) = jax.lax.scan(step, ds, (dbefore, before, total, block), reverse=True)
         dwrites = dot("nbhcv,nbhkv->nbhck", v_, dafter)
         dv = dot("nbhric,nbhriv->nbhcv", scores, do) + dot("nbhck,nbhkv->nbhcv", writes, dafter)
         dq, dk, dg = pull((dscores.astype(how.dtype), dreads.astype(how.dtype), dwrites.astype(how.dtype), dtotal))
-        if blocks is not None:
-            firsts = jnp.where(blocks.first, blocks.sequence, dinitial.shape[0])
+        if block is not None:
+            firsts = jnp.where(block.first, block.sequence, dinitial.shape[0])
             dinitial = dinitial.at[firsts].set(dentering, mode="drop")
         return (ds, dinitial), (dq, dk, _from_chunks(dv.astype(v.dtype)), dg)
 
     # A sequence without tokens hands its state through, so its cotangent stays as it came.
-    ds, dinitial = (dstate, None) if entries is None else (jnp.zeros_like(starts[0]), dstate)
-    xs = starts, _to_groups((q, k, v, g), cut), _to_groups(do, cut), _blocks(entries, cut)
+    ds, dinitial = (dstate, None) if blocks is None else (jnp.zeros_like(starts[0]), dstate)
+    xs = starts, _to_groups((q, k, v, g), cut), _to_groups(do, cut), blocks
     (ds, dinitial), dtokens = jax.lax.scan(body, (ds, dinitial), xs, reverse=True)
-    dentries = None if entries is None else Entries(dinitial, None, None, None)
-    return *_from_groups(dtokens), ds, dentries
+    return *_from_groups(dtokens), ds, dinitial, None
 
 
 _chunked.defvjp(_forward, _backward)
@@ -185,13 +188,6 @@ def _from_groups(tree):
     return jax.tree.map(join, tree)
 
 
-def _blocks(entries: Entries | None, cut: Plan) -> Entries | None:
-    """The entries' [chunks] arrays as [groups, group], without the states."""
-    if entries is None:
-        return None
-    return Entries(None, *(x.reshape(-1, cut.group) for x in entries[1:]))
-
-
 def _to_chunks(x: Array, cut: Plan, heads: int | None = None) -> Array:
     """[b, n * c, h, d] to [n, b, h, c, d], or to [n, b, hk, r, c, d] with the h heads as r for each of `heads` = hk."""
     x = x.reshape(x.shape[0], cut.group, cut.chunk, x.shape[2], -1).transpose(1, 0, 3, 2, 4)
@@ -204,32 +200,40 @@ def _from_chunks(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _states(how, cut, writes, v, total, state, entries, blocks):
-    """The state after a group, the states before each chunk [n, b, hk, k, v], and with `blocks` those after [n, hk, k, v]."""
+def _states(how, cut, writes, v, total, state, initial, block):
+    """The state after a group, those before its chunks [n, b, hk, k, v], and with `block` those after [n, hk, k, v]."""
 
     def step(s, x):
-        update, total, block = x
-        if block is not None:
-            s = jnp.where(block.first, entries.initial[block.sequence], s)
-        after = update + (s if total is None else total * s)
-        return after, (s.astype(how.dtype), None if block is None else after[0])
+        update, total, chunk = x
+        if chunk is not None:
+            s = jnp.where(chunk.first, initial[chunk.sequence], s)
+        after = _decay_and_add(total, s, update)
+        return after, (s.astype(how.dtype), None if chunk is None else after[0])
 
     update = _dot(how, "nbhck,nbhcv->nbhkv", writes, _to_chunks(v, cut))
-    return jax.lax.scan(step, state, (update, total, blocks))
+    return jax.lax.scan(step, state, (update, total, block))
+
+
+def _decay_and_add(total, state, update):
+    """exp(total) * state + update; a decay near 1 is rounded as its distance from 1, as thousands of chunks need it."""
+    if total is None:
+        return state + update
+    near = total > -1
+    return jnp.where(near, state, 0) + (jnp.where(near, jnp.expm1(total), jnp.exp(total)) * state + update)
 
 
 def _chunks_alone(scale, cut, how, q, k, g):
     """What a group's chunks have of q, k and g, each by itself.
 
-    Returns scores [n, b, hk, r, c, c], with the decays from j to i in them; reads [n, b, hk, r, c, k], queries decayed from the
-    chunk's start; writes [n, b, hk, c, k], keys decayed to its end; total [n, b, hk, k or 1, 1], the chunk's whole decay.
+    Returns scores [n, b, hk, r, c, c], with the decays from j to i in them; reads [n, b, hk, r, c, k], queries decayed
+    from the chunk's start; writes [n, b, hk, c, k], keys decayed to its end; total [n, b, hk, k or 1, 1], its g's sum.
     """
     q = _to_chunks(q, cut, k.shape[2]).astype(jnp.float32) * scale
     k = _to_chunks(k, cut).astype(jnp.float32)
     if g is None:
         scores, reads, writes, total = jnp.tril(_dot(how, "nbhrik,nbhjk->nbhrij", q, k)), q, k, None
     elif g.ndim == 3:
-        levels, prefix, suffix, total = _products(jnp.exp(_to_chunks(g, cut).astype(jnp.float32)))
+        levels, prefix, suffix, total = _decays(_to_chunks(g, cut).astype(jnp.float32))
         scores = _dot(how, "nbhrik,nbhjk->nbhrij", q, k) * _scalar_decays(levels, cut.chunk, total)[:, :, :, None]
         reads, writes, total = q * prefix[:, :, :, None], k * suffix, total.swapaxes(-1, -2)
     else:
@@ -244,7 +248,7 @@ def _vector_decays(how, q, k, g):
 
 
 def _vector_forward(how, q, k, g):
-    levels, prefix, suffix, total = _products(jnp.exp(g))
+    levels, prefix, suffix, total = _decays(g)
     scores = jnp.sum(q * k[:, :, :, None], -1)[..., None, None]
     halves = []
     for right, left in levels:
@@ -262,11 +266,11 @@ def _vector_forward(how, q, k, g):
 def _vector_backward(how, residuals, cotangents):
     """The gate's gradient by products of operands and their cotangents, summed over time.
 
-    A pair i > j of the chunk holds the gates from j + 1 to i. So dg_l is the sum over i >= l of what token i has as a query
-    less the sum over j >= l of what token j has as a key. Pairs with both after l cancel, to float32's rounding only, since
-    the same rounded operands made both sums.
+    A pair i > j of the chunk holds the gates from j + 1 to i. So dg_l is the sum over i >= l of what token i has as a
+    query less the sum over j >= l of what token j has as a key. Pairs with both after l cancel, to float32's rounding
+    only, since the same rounded operands made both sums.
     """
-    q, k, g, levels, prefix, suffix, halves, (_, reads, writes, total) = residuals
+    q, k, g, levels, prefix, suffix, halves, (_, reads, writes, _) = residuals
     dscores, dreads, dwrites, dtotal = (x.astype(jnp.float32) for x in cotangents)
     diagonal = jnp.diagonal(dscores, axis1=-2, axis2=-1)[..., None]
     dq = dreads * prefix[:, :, :, None] + diagonal * k[:, :, :, None]
@@ -285,32 +289,32 @@ def _vector_backward(how, residuals, cotangents):
     dq, dk, net, written = _keep((dq, dk, net, written))
     later = jnp.triu(jnp.ones((g.shape[-2],) * 2))
     dg = jnp.einsum("ij,nbhjk->nbhik", later, net, precision=jax.lax.Precision.HIGHEST)
-    dg = dg + jnp.sum(written, -2, keepdims=True) + (dtotal * total).swapaxes(-1, -2)
+    dg = dg + jnp.sum(written, -2, keepdims=True) + dtotal.swapaxes(-1, -2)
     return dq, dk, jnp.where(g == -jnp.inf, 0, dg)
 
 
 _vector_decays.defvjp(_vector_forward, _vector_backward)
 
 
-def _products(decay: Array):
-    """Products of decays over blocks of 1, 2, 4, ... tokens of a chunk [..., c, d].
+def _decays(g: Array):
+    """Decays over blocks of 1, 2, 4, ... tokens of a chunk, from log decays g [..., c, d].
 
-    Returns levels, prefix, suffix, total. levels[l] = (right, left), each [..., c / 2m, m, d] with m = 2**l: in every block of
-    2m tokens, the products from its middle up to each token of the right half, and from after each token of the left half up
-    to the middle. prefix and suffix [..., c, d] are those products from the chunk's start and to its end, and total
-    [..., 1, d] that of the whole chunk.
+    Returns levels, prefix, suffix, total. levels[l] = (right, left), each [..., c / 2m, m, d] with m = 2**l: in every
+    block of 2m tokens, the decays from its middle up to each token of the right half, and from after each token of the
+    left half up to the middle. prefix and suffix [..., c, d] are the decays from the chunk's start and to its end, and
+    total [..., 1, d] is the sum of the chunk's g.
     """
-    prefix = total = _blocks_of(decay, 1)
-    suffix = jnp.ones_like(prefix)
+    prefix = total = _blocks_of(g, 1)
+    suffix = jnp.zeros_like(prefix)
     levels = []
     while prefix.shape[-3] > 1:
         (before, right), (left, after) = _halves(prefix), _halves(suffix)
         first, second = _halves(total)
-        levels.append((right, left))
-        prefix = jnp.concatenate([before, first * right], -2)
-        suffix = jnp.concatenate([left * second, after], -2)
-        total = first * second
-    return levels, prefix[..., 0, :, :], suffix[..., 0, :, :], total[..., 0, :, :]
+        levels.append((jnp.exp(right), jnp.exp(left)))
+        prefix = jnp.concatenate([before, first + right], -2)
+        suffix = jnp.concatenate([left + second, after], -2)
+        total = first + second
+    return levels, jnp.exp(prefix[..., 0, :, :]), jnp.exp(suffix[..., 0, :, :]), total[..., 0, :, :]
 
 
 def _keep(tree):
@@ -347,7 +351,7 @@ def _below_diagonal(blocks: Array, low: Array) -> Array:
 
 
 def _scalar_decays(levels, chunk: int, total: Array) -> Array:
-    """Lower-triangular [n, b, hk, c, c]: the products of scalar decays from j to i."""
+    """Lower-triangular [n, b, hk, c, c]: the scalar decays from j to i."""
     decays = jnp.ones((*total.shape[:-2], chunk, 1, 1), total.dtype)
     for right, left in levels:
         decays = _below_diagonal(decays, right * left.swapaxes(-1, -2))

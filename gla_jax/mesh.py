@@ -37,7 +37,9 @@ def shard_by_arguments(run, name, options, q, k, v, g):
 
     out_specs = (tokens, states if options.output_final_state else None)
     arrays = jax.tree.map(lambda x, spec: jax.reshard(x, spec), arrays, in_specs)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=_names(batch) | _names(heads))(*arrays)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=_names(batch) | _names(heads))(
+        *arrays
+    )
 
 
 def _spec(x, explicit: set[str]):

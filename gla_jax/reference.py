@@ -22,7 +22,8 @@ def recurrence(
       entries: sequences with states of their own, a token a block (b = 1); `state` is then only a place to start.
 
     Returns:
-      o [b, t, h, v] in v's dtype, and the state after the last token, or [n, hk, k, v] after each of the entries' sequences.
+      o [b, t, h, v] in v's dtype, and the state after the last token, or after each of the entries' sequences
+      [n, hk, k, v].
     """
     dtype = state.dtype
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
@@ -35,16 +36,16 @@ def recurrence(
         s = a_t[..., None] * s + k_t[..., :, None] * v_t[..., None, :]
         return s, scale * jnp.einsum("bhrk,bhkv->bhrv", q_t, s, precision=jax.lax.Precision.HIGHEST)
 
-    def step_of_sequence(carry, x):
-        s, finals = carry
-        sequence, first, *x = x
-        s = jnp.where(first, initial[sequence][None], s)
-        s, o = step(s, x)
-        return (s, finals.at[sequence].set(s[0], mode="drop")), o
-
     if entries is None:
         state, o = jax.lax.scan(step, state, steps)
     else:
-        initial = entries.initial
-        (_, state), o = jax.lax.scan(step_of_sequence, (state, initial), (entries.sequence, entries.first, *steps))
+        initial, blocks = entries
+
+        def step_of_sequence(carry, x):
+            s, finals = carry
+            block, x = x
+            s, o = step(jnp.where(block.first, initial[block.sequence][None], s), x)
+            return (s, finals.at[block.sequence].set(s[0], mode="drop")), o
+
+        (_, state), o = jax.lax.scan(step_of_sequence, (state, initial), (blocks, steps))
     return jnp.moveaxis(o, 0, 1).reshape(*q.shape[:3], v.shape[-1]).astype(v.dtype), state

@@ -1,8 +1,8 @@
 """Packed sequences: segment_ids and cu_seqlens brought to the forms that the implementations read.
 
-A boundary is a hard reset, g = -inf at a segment's first token, and padding is a token with q = k = v = 0 and g = 0. Only
-sequences that each have a state of their own (cu_seqlens with initial or final states) need more: `Entries`, and for the
-chunked form a layout in which no chunk holds two sequences.
+A boundary is a hard reset, g = -inf at a segment's first token, and padding is a token with q = k = v = 0 and g = 0.
+Only sequences that each have a state of their own (cu_seqlens with initial or final states) need more: `Entries`, and
+for the chunked form a layout in which no chunk holds two sequences.
 """
 
 from typing import NamedTuple
@@ -13,25 +13,30 @@ import jax.numpy as jnp
 from gla_jax.array_types import Array
 
 
-class Entries(NamedTuple):
-    """Where sequences with states of their own begin, block by block (a block is a token, or a chunk).
+class Blocks(NamedTuple):
+    """Which of n sequences the blocks of a row belong to (a block is a token, or a chunk).
 
-    initial: [n, hk, k, v], the states that enter.
-    sequence: [blocks] int32, the sequence that a block belongs to; n for a block of none.
+    sequence: [blocks] int32; n for a block of no sequence.
     first, last: [blocks] bool, whether a block is the first, the last of its sequence.
     """
 
-    initial: Array
     sequence: Array
     first: Array
     last: Array
+
+
+class Entries(NamedTuple):
+    """Sequences with states of their own: the states that enter [n, hk, k, v], and where."""
+
+    initial: Array
+    blocks: Blocks
 
 
 def _entries(initial: Array, sequence: Array) -> Entries:
     n = initial.shape[0]
     changes = sequence[1:] != sequence[:-1]
     first, last = jnp.pad(changes, (1, 0), constant_values=True), jnp.pad(changes, (0, 1), constant_values=True)
-    return Entries(initial, sequence, first & (sequence < n), last & (sequence < n))
+    return Entries(initial, Blocks(sequence, first & (sequence < n), last & (sequence < n)))
 
 
 def sequence_ids(cu_seqlens: Array, time: int) -> Array:

@@ -2,15 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gla_jax import checks
 from gla_jax.array_types import Array, Float, Gate, State
 
 
 def gated_linear_attention_step(
-    q: Float[Array, "b h k"],
-    k: Float[Array, "b hk k"],
-    v: Float[Array, "b hk v"],
+    q: Float[Array | np.ndarray, "b h k"],
+    k: Float[Array | np.ndarray, "b hk k"],
+    v: Float[Array | np.ndarray, "b hk v"],
     g: Gate | None,
     state: State,
     *,
@@ -34,6 +35,7 @@ def gated_linear_attention_step(
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
     """
+    q, k, v, g, state = checks.as_jax(q, k, v, g, state)
     checks.check_step(q, k, v, g, state, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype, (batch, heads, _) = state.dtype, k.shape
