@@ -46,10 +46,10 @@ class GatedLinearAttention(nnx.Module):
       expand_v: h * v / d, the same for the values.
       gate_low_rank: rank of the gate's projection W_1 W_2.
       gate_normalizer: divides the log decay, > 0: 16 makes it forget slowly at first.
-      gate_clamp: the least log decay a token may have, < 0, or None. It is a matter of speed: the op's fast forms are
-        for channels that decay by at most e^-96 over 16 tokens, which a clamp of -5 guarantees; without one, chunks
-        in which a trained channel leaves that range take a slower, equally exact path. A channel at -5 forgets all
-        but 0.7 % at a single token, so the model can hardly tell.
+      gate_clamp: the least log decay a token may have, < 0, or None. Results never need it, as the op is exact for any
+        gate, and "xla" takes the same time for all of them. It is for kernels that are faster where channels decay by
+        at most e^-96 over 16 tokens, which a clamp of -5 guarantees. A channel at -5 forgets all but 0.7 % at a single
+        token, so a model hardly feels it.
       conv_size: taps of the short convolutions of q, k and v; 0 for none.
       conv_bias: whether these have a bias.
       feature_map: applied to q and k after the convolution: one of `FEATURE_MAPS`, or None.

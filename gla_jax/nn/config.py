@@ -40,7 +40,7 @@ class GLAConfig:
     gate_normalizer: float = 16.0
     """Divides the log decay."""
     gate_clamp: float | None = None
-    """Least log decay of a token (-5 keeps the op on its fast path), or None."""
+    """Least log decay of a token, or None; see `GatedLinearAttention` on when it makes a difference in speed."""
     conv_size: int = 0
     """Taps of the short convolutions of queries, keys and values; 0 for none."""
     conv_bias: bool = False
@@ -72,7 +72,7 @@ class GLAConfig:
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products), full (each block from its input)."""
     layer_unroll: int = 1
-    """Blocks written out in a turn of the loop over layers: more may run faster, and compiles longer."""
+    """Blocks written out in a turn of the loop over layers: more run faster on a CPU, and compile longer."""
     implementation: str | None = None
     """Of the op: None for the best there is, or a name (see gated_linear_attention)."""
 
@@ -125,6 +125,7 @@ class GLAConfig:
             conv_size=4,
             tie_embeddings=True,
             init_std=0.05,
+            layer_unroll=4,
         )
 
     @classmethod
