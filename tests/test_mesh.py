@@ -1,0 +1,162 @@
+"""Sharded calls on 8 simulated devices: right, and without gathering, on Auto and Explicit axes and in shard_map."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import arguments, expected, relative
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gla_jax import gated_linear_attention
+
+COLLECTIVES = r"\b(all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\("
+
+
+def mesh_of(kind, batch=4, heads=2):
+    return jax.make_mesh((batch, heads), ("batch", "heads"), axis_types=(kind, kind))
+
+
+def vjp(x, ids=None, cu=None):
+    """o, the final state and the gradients."""
+
+    def call(q, k, v, g, state):
+        return gated_linear_attention(
+            q,
+            k,
+            v,
+            g,
+            initial_state=state,
+            output_final_state=x.dstate is not None,
+            segment_ids=ids,
+            cu_seqlens=cu,
+            implementation="xla",
+        )
+
+    (o, state), pull = jax.vjp(call, x.q, x.k, x.v, x.g, x.initial_state)
+    return o, state, *pull((x.do, x.dstate))
+
+
+def specs_of(x, batch="batch", heads="heads", states="batch"):
+    """The specs of the arguments, and of what `vjp` gives."""
+    tokens = P(batch, None, heads, None)
+    gate = None if x.g is None else {1: P(heads), 3: P(batch, None, heads), 4: tokens}[x.g.ndim]
+    state = None if x.initial_state is None else P(states, heads, None, None)
+    arguments = type(x)(tokens, tokens, tokens, gate, state, tokens, None if x.dstate is None else state)
+    results = (tokens, arguments.dstate, tokens, tokens, tokens, gate, state)
+    return arguments, results
+
+
+def place(mesh, tree, specs):
+    return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), tree, specs)
+
+
+def check(got, want, results, mesh):
+    for a, b, spec in zip(got, want, results, strict=True):
+        if a is not None:
+            assert relative(a, b) < 1e-5
+            assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), a.ndim)
+
+
+def run(mesh, f, *placed, allowed=()):
+    """f compiled for the placed arguments, after a look at the collectives in it."""
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(f).lower(*placed).compile(compiler_options={"xla_backend_optimization_level": 0})
+        assert set(re.findall(COLLECTIVES, compiled.as_text())) <= set(allowed)
+        return compiled(*placed)
+
+
+KINDS = [AxisType.Auto, AxisType.Explicit]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("gate", ["vector", "scalar", "none"])
+def test_batch_and_heads(kind, gate):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, gate=gate), mesh_of(kind)
+    specs, results = specs_of(x)
+    check(run(mesh, vjp, place(mesh, x, specs)), expected(x), results, mesh)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_constant_gate_sums_its_gradient_over_the_batch(kind):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, gate="head"), mesh_of(kind)
+    specs, results = specs_of(x)
+    check(run(mesh, vjp, place(mesh, x, specs), allowed=["all-reduce"]), expected(x), results, mesh)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_one_axis_for_all_and_no_states(kind):
+    x, mesh = arguments(0, 8, 20, 1, 4, 4, states=0), mesh_of(kind)
+    specs, results = specs_of(x, batch=("batch", "heads"), heads=None)
+    check(run(mesh, vjp, place(mesh, x, specs)), expected(x), results, mesh)
+    x = arguments(0, 1, 20, 8, 4, 4, states=0)
+    specs, results = specs_of(x, batch=None, heads=("batch", "heads"))
+    check(run(mesh, vjp, place(mesh, x, specs)), expected(x), results, mesh)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_segment_ids(kind):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2), mesh_of(kind)
+    ids = np.random.default_rng(0).integers(-1, 2, (4, 70)).repeat(3, axis=1)[:, :70]
+    specs, results = specs_of(x)
+    placed = place(mesh, x, specs), jax.device_put(jnp.asarray(ids), NamedSharding(mesh, P("batch")))
+    check(run(mesh, vjp, *placed), expected(x, segment_ids=ids), results, mesh)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_cu_seqlens_over_heads(kind):
+    cu = [0, 0, 30, 65, 68]
+    x, mesh = arguments(0, 1, 70, 4, 8, 6, hk=2, states=4), mesh_of(kind)
+    specs, results = specs_of(x, batch=None, states=None)
+    placed = place(mesh, x, specs), jax.device_put(jnp.asarray(cu), NamedSharding(mesh, P()))
+    got = run(mesh, lambda x, cu: vjp(x, cu=cu), *placed)
+    check(got, expected(x, cu_seqlens=cu), results, mesh)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("states", [0, 4])
+def test_shard_map(check_vma, states):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, states=states), mesh_of(AxisType.Auto)
+    specs, results = specs_of(x)
+    inside = jax.shard_map(vjp, mesh=mesh, in_specs=(specs,), out_specs=results, check_vma=check_vma)
+    check(run(mesh, inside, place(mesh, x, specs)), expected(x), results, mesh)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_through_shard_map(check_vma):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, states=0), mesh_of(AxisType.Explicit)
+    specs, results = specs_of(x)
+
+    def loss(q, k, v, g, do):
+        one = functools.partial(gated_linear_attention, implementation="xla")
+        o = jax.shard_map(lambda *a: one(*a)[0], mesh=mesh, in_specs=specs[:4], out_specs=specs.q, check_vma=check_vma)(
+            q, k, v, g
+        )
+        return jnp.sum(o * do)
+
+    placed = place(mesh, x, specs)
+    got = run(mesh, jax.grad(loss, (0, 1, 2, 3)), *placed[:4], placed.do, allowed=["all-reduce"])
+    want = expected(x)
+    check(got, (want.q, want.k, want.v, want.g), results[2:6], mesh)
+
+
+def test_explicit_axes_of_the_results():
+    x, mesh = arguments(0, 4, 20, 2, 4, 4, states=0), mesh_of(AxisType.Explicit)
+    specs, _ = specs_of(x)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, x, specs)
+        o, state = jax.eval_shape(functools.partial(gated_linear_attention, output_final_state=True), *placed[:4])
+    assert o.sharding.spec == P("batch", None, "heads", None)
+    assert state.sharding.spec == P("batch", "heads", None, None)
+
+
+def test_time_sharded_on_an_explicit_axis_is_refused():
+    x, mesh = arguments(0, 4, 20, 2, 4, 4, states=0), mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, x, specs_of(x, batch=None, heads=None)[0])
+        q = jax.device_put(x.q, NamedSharding(mesh, P(None, "batch")))
+        with pytest.raises(ValueError, match="q may be sharded over batch and heads"):
+            gated_linear_attention(q, *placed[1:4])
