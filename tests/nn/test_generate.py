@@ -108,7 +108,7 @@ def test_sample_draws_from_the_distribution_it_says():
 
 
 def test_memory_does_not_depend_on_lengths():
-    config = GLAConfig.tiny()
+    config = GLAConfig.tiny().replace(layer_unroll=1)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0))))
 
     def temporaries(prompt: int, new: int) -> int:
