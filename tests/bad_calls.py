@@ -4,7 +4,7 @@ It prints a JSON object: the type and the message of what each call raised, and 
 """
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from gla_jax import gated_linear_attention, gated_linear_attention_step, which_i
 class Refusal(NamedTuple):
     """The arguments that replace good ones, and what the message must hold: names, what was given, what is allowed."""
 
-    given: dict
+    given: dict[str, Any]
     says: tuple[str, ...]
 
 
@@ -150,18 +150,21 @@ def numpy_arguments_work() -> bool:
     ids = {"segment_ids": ints([0, 0, 1, 1, -1, 2])}
     same = []
     for more in ({}, states, ids):
-        call = {**given, **more, "output_final_state": True}
+        call: dict[str, Any] = {**given, **more, "output_final_state": True}
         got = gated_linear_attention(**call)
         want = gated_linear_attention(**jax.tree.map(lambda x: jnp.asarray(x) if hasattr(x, "shape") else x, call))
-        same += [np.array_equal(a, b) for a, b in zip(got, want, strict=True)]
-    token = {name: -np.abs(rng.standard_normal(x.shape, np.float32)) for name, x in STEP_GOOD.items()}
+        same += [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)]
+    token: dict[str, Any] = {name: -np.abs(rng.standard_normal(x.shape, np.float32)) for name, x in STEP_GOOD.items()}
+
     got, want = (gated_linear_attention_step(**x) for x in (token, jax.tree.map(jnp.asarray, token)))
-    same += [np.array_equal(a, b) for a, b in zip(got, want, strict=True)]
+    same += [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)]
     return all(same)
 
 
 def main():
-    answers = {f"op: {name}": refusal(gated_linear_attention, {**GOOD, **row.given}) for name, row in OP.items()}
+    answers: dict[str, Any] = {
+        f"op: {name}": refusal(gated_linear_attention, {**GOOD, **row.given}) for name, row in OP.items()
+    }
     answers |= {
         f"which: {name}": refusal(which_implementation, {**jax.tree.map(traced, GOOD), **row.given})
         for name, row in OP.items()

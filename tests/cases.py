@@ -4,14 +4,15 @@ Compiling takes most of the time of these tests, and LLVM's optimizing most of t
 """
 
 import collections
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracle import Result, oracle
 
 from gla_jax import gated_linear_attention
+
+from .oracle import Result, oracle
 
 
 class Arguments(NamedTuple):
@@ -20,10 +21,10 @@ class Arguments(NamedTuple):
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    g: jax.Array | None
-    initial_state: jax.Array | None
+    g: Any  # or None, as the states
+    initial_state: Any
     do: jax.Array
-    dstate: jax.Array | None
+    dstate: Any
 
 
 class Tolerance(NamedTuple):

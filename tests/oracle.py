@@ -9,7 +9,7 @@ leaves and which tokens count is told token by token, by a plain loop over segme
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ import numpy as np
 class Result(NamedTuple):
     """o, the final state, and the gradients of <o, do> + <state, dstate>; None where there is no such argument."""
 
-    o: np.ndarray
-    state: np.ndarray
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    g: np.ndarray | None
-    initial_state: np.ndarray | None
+    o: Any
+    state: Any
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    initial_state: Any
 
 
 class Tokens(NamedTuple):
@@ -78,7 +78,9 @@ def oracle(
     reverse=False,
 ) -> Result:
     """What gated_linear_attention should give, and its gradients, for cotangents do and dstate."""
-    wide = [None if x is None else np.asarray(x, np.float64) for x in (q, k, v, g, initial_state, do, dstate)]
+    wide: list[Any] = [
+        None if x is None else np.asarray(x, np.float64) for x in (q, k, v, g, initial_state, do, dstate)
+    ]
     q, k, v, g, initial_state, do, dstate = wide
     batch, time, heads, key_dim = q.shape
     scale = key_dim**-0.5 if scale is None else scale

@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from bad_calls import OP, STEP
 
 from gla_jax import gated_linear_attention
+
+from .bad_calls import OP, STEP
 
 
 @functools.cache

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MILD, STRONG, arguments, check, expected, relative
 
 from gla_jax import gated_linear_attention
+
+from .cases import MILD, STRONG, arguments, check, expected, relative
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,5 +55,6 @@ def test_float64(gate):
         (o, state), pull = jax.vjp(call, *wide[:5])
         grads = pull((wide[5], wide[6]))
     for name, got in zip(want._fields, (o, state, *grads), strict=True):
+        assert got is not None, name
         assert got.dtype == jnp.float64, name
         assert relative(got, getattr(want, name)) < 1e-13, name

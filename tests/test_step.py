@@ -1,12 +1,15 @@
 """One token of the recurrence: against the op, token by token, and against the equations."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import arguments, expected, relative
 
 from gla_jax import gated_linear_attention_step
+
+from .cases import arguments, expected, relative
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 5e-3, "float16": 1e-3}
 
@@ -55,7 +58,7 @@ def test_float64():
     want = expected(x)
     with jax.enable_x64(True):
         q, k, v, g = (jnp.asarray(np.asarray(a, np.float64)[:, 0]) for a in x[:4])
-        o, state = gated_linear_attention_step(q, k, v, g, jnp.asarray(np.asarray(x.initial_state, np.float64)))
+        o, state = gated_linear_attention_step(q, k, v, g, state=jnp.asarray(np.asarray(x.initial_state, np.float64)))
     assert o.dtype == state.dtype == jnp.float64
     assert relative(o, want.o[:, 0]) < 1e-14
     assert relative(state, want.state) < 1e-14
@@ -66,7 +69,8 @@ def test_vmap_scan_and_forward_mode():
 
     def one_row(q, k, v, g, state):
         def body(state, token):
-            o, state = gated_linear_attention_step(*(a[None] for a in token), state[None])
+            q, k, v, g = (a[None] for a in token)
+            o, state = gated_linear_attention_step(q, k, v, g, state[None])
             return state[0], o[0]
 
         return jax.lax.scan(body, state, (q, k, v, g))
@@ -78,7 +82,7 @@ def test_vmap_scan_and_forward_mode():
     token = [a[:, 0] for a in x[:4]]
     directions = [a[:, 1] for a in x[:4]]
     (_, state), (_, along) = jax.jvp(
-        lambda *token: gated_linear_attention_step(*token, x.initial_state), token, directions
+        lambda q, k, v, g: gated_linear_attention_step(q, k, v, g, x.initial_state), token, directions
     )
     _, k, v, g = (np.asarray(a, np.float64) for a in token)
     _, dk, dv, dg = (np.asarray(a, np.float64) for a in directions)
@@ -89,7 +93,7 @@ def test_vmap_scan_and_forward_mode():
 
 def test_a_donated_state_is_updated_in_place():
     x = arguments(0, 2, 1, 2, 64, 64)
-    token = [a[:, 0] for a in x[:4]]
+    q, k, v, g = (a[:, 0] for a in x[:4])
     step = jax.jit(gated_linear_attention_step, donate_argnums=4)
-    memory = step.lower(*token, x.initial_state).compile().memory_analysis()
+    memory: Any = step.lower(q, k, v, g, x.initial_state).compile().memory_analysis()
     assert memory.alias_size_in_bytes == x.initial_state.nbytes
