@@ -73,7 +73,7 @@ _NARROW = ForwardConfig(
     key_blocks=1, matmul_groups=1, gaters=2, block_gaters=1, stages=4, matmul_registers=120, gate_registers=184
 )
 _WIDE = ForwardConfig(
-    key_blocks=2, matmul_groups=2, gaters=1, block_gaters=1, stages=2, matmul_registers=152, gate_registers=184
+    key_blocks=2, matmul_groups=2, gaters=1, block_gaters=1, stages=2, matmul_registers=144, gate_registers=200
 )
 _WIDE_FEW = ForwardConfig(
     key_blocks=2, matmul_groups=1, gaters=2, block_gaters=2, stages=2, matmul_registers=152, gate_registers=168

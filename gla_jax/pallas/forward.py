@@ -103,7 +103,7 @@ def forward(
         grid_names=("batch", "head", "part"),
         num_threads=config.threads,
         thread_name="role",
-        scratch_types=[scratch(config, q.dtype, g.dtype)],
+        scratch_types=[scratch(config, q.dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
@@ -117,7 +117,7 @@ def _per_channel(g, k):
         return jnp.zeros_like(k)
     if g.ndim == 3:
         g = jnp.broadcast_to(g[..., None], k.shape)
-    return g.astype(k.dtype) if g.dtype not in _DTYPES else g
+    return g.astype(k.dtype)
 
 
 def _pad(x, first, second, axes=(1, 3)):

@@ -31,19 +31,19 @@ def _set_registers(config, registers):
     plgpu.set_max_registers(registers, action=config.action(registers))
 
 
-def scratch(config, dtype, gate_dtype):
+def scratch(config, dtype):
     """Shared memory and barriers of one block, by name."""
     blocks, stages = config.key_blocks, config.stages
     tile = (CHUNK, CHUNK)
     return {
         "q": _tile((stages, blocks, *tile), dtype),
         "k": _tile((stages, blocks, *tile), dtype),
-        "g": _tile((stages, blocks, *tile), gate_dtype),
+        "g": _tile((stages, blocks, *tile), dtype),
         "v": _tile((stages, config.matmul_groups, *tile), dtype),
         "scores": _tile((stages, config.block_gaters, *tile), dtype),
         "factors": plgpu.SMEM((stages, 3, blocks, CHUNK), jnp.float32),
-        "triangle": _tile((config.gaters, *tile), gate_dtype),
-        "flag": plgpu.SMEM((config.gaters, 8), jnp.float32),
+        "triangle": _tile((config.gaters, *tile), dtype),
+        "rows": plgpu.SMEM((config.gaters, 3, CHUNK), jnp.float32),
         "zero": plgpu.SMEM((config.gaters, 8), jnp.int32),
         "state": _tile((config.matmul_groups, blocks, *tile), dtype),
         "o": _tile((config.matmul_groups, *tile), dtype),
@@ -91,8 +91,8 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     def _gate():
         _set_registers(config, config.gate_registers)
         gater = warpgroup - first_gater
-        gating.write_triangle(s["triangle"].at[gater])
         s["zero"][gater, 0] = jnp.int32(0)
+        gating.write_triangle(s["triangle"].at[gater])
         own = config.key_blocks // config.block_gaters
         share = lax.rem(gater, jnp.int32(config.block_gaters))
         turn = lax.div(gater, jnp.int32(config.block_gaters))
@@ -110,7 +110,7 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
                 s["scores"].at[slot, pl.ds(share, 1)],
                 s["factors"].at[slot, :, mine],
                 s["triangle"].at[pl.ds(gater, 1)],
-                s["flag"].at[gater],
+                s["rows"].at[gater],
                 s["zero"].at[gater],
                 config.mild,
             )
