@@ -95,12 +95,20 @@ def test_a_plan_covers_any_length():
 def test_check_grads(gate):
     x = arguments(0, 1, 11, 2, 3, 2, hk=1, gate=gate)
 
-    @quick
+    @jax.jit
     def f(q, k, v, g, state):
         return gated_linear_attention(q, k, v, g, initial_state=state, output_final_state=True, implementation="xla")
 
     if gate == "none":
-        check_grads(lambda q, k, v, s: f(q, k, v, None, s), (*x[:3], x.initial_state), order=1, modes=["rev"], eps=1e-2)
+        check_grads(
+            lambda q, k, v, s: f(q, k, v, None, s),
+            (*x[:3], x.initial_state),
+            order=1,
+            modes=["rev"],
+            eps=1e-2,
+            atol=2e-2,
+            rtol=2e-2,
+        )
     else:
         check_grads(f, x[:5], order=1, modes=["rev"], eps=1e-2, atol=2e-2, rtol=2e-2)
 

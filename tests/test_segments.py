@@ -1,6 +1,6 @@
 """Packed sequences: segment_ids and cu_seqlens against the oracle, at every offset, with padding and empty ones."""
 
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from .cases import MILD, STRONG, Arguments, apply, arguments, check, expected, r
 DTYPES = ("float32", "bfloat16", "float16")
 TIME = 200
 CHUNK = 64
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def ids_of(*runs):
@@ -163,11 +164,15 @@ def test_cu_seqlens_shorter_than_a_chunk_and_more_sequences_than_tokens():
     check(arguments(0, 1, 5, 2, 4, 3, states=9), MILD, cu_seqlens=[0, 0, 1, 1, 2, 4, 4, 4, 5, 5])
 
 
-def test_concrete_cu_seqlens():
+def test_cu_seqlens_that_are_known():
     x, cu = shared(0, states=5), CU["odd"]
-    o, state = gated_linear_attention(
-        *x[:4], initial_state=x.initial_state, output_final_state=True, cu_seqlens=np.asarray(cu)
-    )
+
+    def call(*x):
+        return gated_linear_attention(
+            *x[:4], initial_state=x[4], output_final_state=True, cu_seqlens=np.asarray(cu), implementation="xla"
+        )
+
+    o, state = quick(call)(*x[:5])
     want = expected(x, cu_seqlens=cu)
     assert relative(o, want.o) < 2e-6
     assert relative(state, want.state) < 2e-6
@@ -182,7 +187,7 @@ def test_vmap_over_cu_seqlens():
             *x[:4], initial_state=x.initial_state, output_final_state=True, cu_seqlens=cu, implementation="xla"
         )
 
-    o, state = jax.jit(jax.vmap(call), compiler_options={"xla_backend_optimization_level": 0})(layouts)
+    o, state = quick(jax.vmap(call))(layouts)
     for i, cu in enumerate(layouts):
         want = expected(x, cu_seqlens=np.asarray(cu))
         assert relative(o[i], want.o) < 2e-6
@@ -193,20 +198,25 @@ def test_vmap_over_cu_seqlens():
 
 
 def test_packing_is_separate_sequences():
-    x, cu = shared(0, states=5), CU["odd"]
+    x, cu = shared(0, states=5), [0, 70, 70, 140, 140, 197]
     ids = np.searchsorted(cu, np.arange(TIME), side="right")[None] - 1
     by_cu = apply(x, cu_seqlens=cu)
-    by_ids, _ = gated_linear_attention(*x[:4], segment_ids=np.where(ids < 5, ids, -1), implementation="xla")
-    for i, (begin, end) in enumerate(itertools.pairwise(cu)):
-        alone = [a[:, begin:end] for a in x[:4]]
-        o, state = gated_linear_attention(
-            *alone, initial_state=x.initial_state[i : i + 1], output_final_state=True, implementation="reference"
+    by_ids = apply(x._replace(initial_state=None, dstate=None), segment_ids=np.where(ids < 5, ids, -1))
+
+    @quick
+    def alone(q, k, v, g, state):
+        return gated_linear_attention(
+            q, k, v, g, initial_state=state, output_final_state=True, implementation="reference"
         )
-        assert state is not None
-        assert relative(by_cu.o[:, begin:end], o) < 2e-6
-        assert relative(by_cu.state[i], state[0]) < 2e-6
-        o, _ = gated_linear_attention(*alone, implementation="reference")
-        assert relative(by_ids[:, begin:end], o) < 2e-6
+
+    for i in (0, 2, 4):
+        own = slice(cu[i], cu[i + 1])
+        tokens, state = [a[:, own] for a in x[:4]], x.initial_state[i : i + 1]
+        o, end = alone(*tokens, state)
+        assert relative(by_cu.o[:, own], o) < 2e-6
+        assert relative(by_cu.state[i], end[0]) < 2e-6
+        o, _ = alone(*tokens, jnp.zeros_like(state))
+        assert relative(by_ids.o[:, own], o) < 2e-6
 
 
 # The module's own functions.
@@ -239,9 +249,9 @@ def test_aligned_layout_holds_any_lengths():
         sequence = np.searchsorted(cu, np.arange(50), side="right") - 1
         for block, tokens in enumerate(source.reshape(-1, 8)):
             own = {int(sequence[i]) for i in tokens if i < 50}
-            assert own <= {int(layout.entries.sequence[block])}
+            assert own <= {int(layout.entries.blocks.sequence[block])}
         for i in range(6):
-            blocks = np.flatnonzero(np.asarray(layout.entries.sequence) == i)
+            blocks = np.flatnonzero(np.asarray(layout.entries.blocks.sequence) == i)
             assert len(blocks) == -(-(cu[i + 1] - cu[i]) // 8)
-            assert [b for b in blocks if layout.entries.first[b]] == list(blocks[:1])
-            assert [b for b in blocks if layout.entries.last[b]] == list(blocks[-1:])
+            assert [b for b in blocks if layout.entries.blocks.first[b]] == list(blocks[:1])
+            assert [b for b in blocks if layout.entries.blocks.last[b]] == list(blocks[-1:])
