@@ -21,6 +21,7 @@ class ForwardConfig:
       stages: chunks in shared memory.
       matmul_registers, gate_registers, load_registers: a thread's, in each role.
       mild: largest decay of a chunk, in nats, for the centred form.
+      auto_barriers: whether the compiler puts a barrier around each access of shared memory, besides the kernel's own.
     """
 
     key_blocks: int
@@ -32,6 +33,7 @@ class ForwardConfig:
     gate_registers: int
     load_registers: int = 24
     mild: float = 96.0
+    auto_barriers: bool = True
 
     def __post_init__(self):
         if self.key_blocks % self.block_gaters or self.gaters % self.block_gaters:

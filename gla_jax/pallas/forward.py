@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.array_types import Array, Gate, Key, Query, State, Value
-from gla_jax.pallas.config import WIDTH, choose_forward
+from gla_jax.pallas.config import WIDTH, ForwardConfig, choose_forward
 from gla_jax.pallas.forward_kernel import CHUNK, forward_kernel, scratch
 
 LARGEST_KEY = 128
@@ -54,6 +54,7 @@ def forward(
     initial_state: State | None = None,
     output_final_state: bool = False,
     *,
+    config: ForwardConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Array, State | None]:
     """The gated scan S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in one Mosaic GPU kernel.
@@ -66,6 +67,7 @@ def forward(
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       output_final_state: whether to return the state after the last token.
+      config: the tuning; the table's for these shapes if None.
       interpret: runs the kernel in Pallas' interpreter.
 
     Returns:
@@ -74,7 +76,7 @@ def forward(
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
     g = _per_channel(g, k)
-    config = choose_forward(key_size, value_size, batch * heads, q.dtype)
+    config = config or choose_forward(key_size, value_size, batch * heads, q.dtype)
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
     widths = config.key_blocks * WIDTH, -(-value_size // config.value_width) * config.value_width
@@ -104,7 +106,7 @@ def forward(
         num_threads=config.threads,
         thread_name="role",
         scratch_types=[scratch(config, q.dtype)],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers),
         interpret=interpret,
     )
     o, *state = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))

@@ -1,0 +1,214 @@
+"""Checks and times the Mosaic GPU forward on one Hopper GPU, beside the machine's ceilings and cuDNN's attention.
+
+    python benchmarks/op_gpu.py                               # every group, about three minutes
+    python benchmarks/op_gpu.py check bars --out benchmarks/results/op-gpu-h100.json
+    python benchmarks/op_gpu.py tune --lower                  # no GPU: only lowers each kernel for an H100
+
+Each group runs in a process of its own with a time limit, so that a kernel that hangs or faults costs its group alone.
+Milliseconds are medians of 7 repeats of 30 calls each. Bytes are one pass over q, k, g, v and o.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from gla_jax.pallas import forward
+from gla_jax.pallas.config import ForwardConfig, choose_forward
+
+# (b, t, h, k, v) and the milliseconds to reach (issue 3).
+BARS = {
+    (8, 2048, 16, 128, 128): 0.13,
+    (32, 1024, 16, 128, 128): 0.25,
+    (2, 8192, 16, 64, 128): 0.13,
+    (8, 2048, 4, 128, 256): 0.07,
+}
+# The gates, and the most they may cost as a multiple of the mild ones.
+GATES = {"logsigmoid": 1.05, "resets": 1.4, "tenth": 1.6, "packed": 1.15, "all strong": None}
+TUNE = {
+    (8, 2048, 16, 128, 128): [ForwardConfig(2, 2, 1, 1, 2, 152, 184), ForwardConfig(2, 1, 2, 2, 2, 152, 168)],
+    (2, 8192, 16, 64, 128): [ForwardConfig(1, 1, 1, 1, 4, 152, 200), ForwardConfig(1, 2, 2, 1, 2, 104, 120)],
+    (8, 2048, 4, 128, 256): [ForwardConfig(2, 1, 1, 1, 2, 168, 200), ForwardConfig(2, 2, 1, 1, 2, 144, 200)],
+}
+GROUPS = ("ceilings", "check", "bars", "gates", "bits", "tune")
+LIMIT_S = 90
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def gates(kind, shape, key):
+    g = jax.nn.log_sigmoid(jax.random.normal(key, shape))
+    token, tile = ((*shape[:3], 1), (shape[0], -(-shape[1] // 64), shape[2], 1))
+    first, second = jax.random.split(jax.random.fold_in(key, 1))
+    if kind == "logsigmoid":
+        return g
+    if kind == "all strong":
+        return 4 * g
+    if kind == "resets":
+        return jnp.where(jax.random.bernoulli(first, 0.01, token), -jnp.inf, g / 16)
+    if kind == "packed":
+        starts = jnp.arange(shape[1]) % (shape[1] // 16) == 0
+        return jnp.where(starts[:, None, None], -jnp.inf, g / 16)
+    if kind == "tenth":
+        strong = jnp.array([-5.0, -50.0, -1e4])[jax.random.randint(second, shape, 0, 3)]
+        here = jnp.repeat(jax.random.bernoulli(first, 0.1, tile), 64, axis=1)[:, : shape[1]]
+        return jnp.where(here, strong, g / 16)
+    return g / 16
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def inputs(shape, kind="mild"):
+    b, t, h, k, v = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, key, value = (jax.random.normal(x, (b, t, h, n), jnp.bfloat16) for x, n in zip(keys, (k, k, v), strict=False))
+    return q, key, value, gates(kind, (b, t, h, k), keys[3]).astype(jnp.bfloat16)
+
+
+def milliseconds(f, *args, calls=30, repeats=7):
+    f = jax.jit(f)
+    out = jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = f(*args)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls)
+    return sorted(times)[repeats // 2] * 1e3
+
+
+def timed(shape, kind="mild", config=None, lower=False):
+    b, t, h, k, v = shape
+    f = lambda q, key, value, g: forward(q, key, value, g, k**-0.5, config=config)[0]
+    if lower:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+            jax.jit(f).trace(*jax.eval_shape(lambda: inputs(shape, kind))).lower(lowering_platforms=("cuda",))
+        return {"lowered": True}
+    ms = milliseconds(f, *inputs(shape, kind))
+    flop = b * h * t * (4 * k * v + 2 * 64 * v + 4 * 64 * k)
+    return {"ms": ms, "TB/s": b * h * t * (6 * k + 4 * v) / ms / 1e9, "TFLOP/s": flop / ms / 1e9}
+
+
+def small(kind, k, v, time_steps=1000):
+    q, key, value, g = inputs((2, time_steps, 4, k, v), kind)
+    return q, key, value, g, jax.random.normal(jax.random.key(1), (2, 4, k, v))
+
+
+def recurrence(q, k, v, g, state):
+    q, k, v, g, state = (np.asarray(x, np.float64) for x in (q, k, v, g, state))
+    out = []
+    for i in range(q.shape[1]):
+        state = np.exp(g[:, i, :, :, None]) * state + k[:, i, :, :, None] * v[:, i, :, None, :]
+        out.append(np.einsum("bhk,bhkv->bhv", q[:, i], state))
+    return np.stack(out, 1), state
+
+
+def run_ceilings(lower):
+    if lower:
+        return
+    x = jnp.ones((2**28,), jnp.bfloat16)
+    yield "copy", {"TB/s": 4 * x.size / milliseconds(lambda x: x + 1, x, calls=10) / 1e9}
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    yield "matmul", {"TFLOP/s": 2 * 8192**3 / milliseconds(lambda a: a @ a, a, calls=10) / 1e9}
+    for b, t in ((8, 2048), (32, 1024)):
+        q = jax.random.normal(jax.random.key(0), (b, t, 16, 128), jnp.bfloat16)
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        yield f"cuDNN attention {(b, t, 16, 128)}", {"ms": milliseconds(attend, q, q, q)}
+
+
+def run_check(lower):
+    for k, v in ((64, 128), (128, 128), (128, 256)):
+        for kind in ("mild", *GATES):
+            if lower:
+                yield f"{k}x{v} {kind}", timed((2, 1000, 4, k, v), kind, lower=True)
+                continue
+            args = small(kind, k, v)
+            f = jax.jit(lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True))
+            pairs = zip(f(*args), recurrence(*args), strict=True)
+            errors = [np.sqrt(np.mean((np.asarray(x, np.float64) - y) ** 2) / np.mean(y**2)) for x, y in pairs]
+            yield f"{k}x{v} {kind}", {"o": errors[0], "state": errors[1]}
+
+
+def run_bits(lower):
+    if lower:
+        return
+    for k, v in ((64, 128), (128, 128), (128, 256)):
+        for kind in ("mild", "resets", "tenth"):
+            args = small(kind, k, v, 2000)
+            f = jax.jit(lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True))
+            first = jax.device_get(f(*args))
+            runs = (jax.device_get(f(*args)) for _ in range(100))
+            same = sum(all(np.array_equal(x, y) for x, y in zip(first, run, strict=True)) for run in runs)
+            yield f"{k}x{v} {kind}", {"runs of 100 with the same bits": same}
+
+
+def run_bars(lower):
+    for shape, bar in BARS.items():
+        yield str(shape), timed(shape, lower=lower) | {"to reach": bar}
+
+
+def run_gates(lower):
+    for shape in BARS:
+        mild = timed(shape, lower=lower)
+        for kind, most in GATES.items():
+            result = timed(shape, kind, lower=lower)
+            ratio = {} if lower else {"ratio": result["ms"] / mild["ms"]}
+            yield f"{shape} {kind}", result | ratio | {"at most": most}
+
+
+def run_tune(lower):
+    for shape, others in TUNE.items():
+        b, _, h, k, v = shape
+        chosen = choose_forward(k, v, b * h, jnp.dtype(jnp.bfloat16))
+        for config in (chosen, dataclasses.replace(chosen, auto_barriers=False), *others):
+            yield f"{shape} {config}", timed(shape, config=config, lower=lower)
+
+
+def run_group(group, lower):
+    for name, result in globals()[f"run_{group}"](lower):
+        print(json.dumps({"group": group, "name": name} | result), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="of " + ", ".join(GROUPS))
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the results")
+    parser.add_argument("--lower", action="store_true", help="only lower each kernel for an H100")
+    parser.add_argument("--here", action="store_true", help="run in this process, without a time limit")
+    options = parser.parse_args()
+    if options.here:
+        for group in options.groups:
+            run_group(group, options.lower)
+        return
+    lines = []
+    for group in options.groups or GROUPS:
+        command = [sys.executable, __file__, group, "--here"] + ["--lower"] * options.lower
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                printed, _ = process.communicate(timeout=LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                printed, _ = process.communicate()
+        lines += [json.loads(line) for line in printed.splitlines()]
+        if process.returncode:
+            lines.append({"group": group, "name": "FAILED or hung", "exit status": process.returncode})
+    for line in lines:
+        numbers = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in line.items())
+        print(", ".join(numbers))
+    if options.out:
+        device = "lowered only" if options.lower else jax.devices()[0].device_kind
+        options.out.write_text(
+            json.dumps({"device": device, "jax": jax.__version__, "results": lines}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
