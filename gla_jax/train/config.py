@@ -25,9 +25,9 @@ class TrainConfig:
     """UTF-8 text, or .jsonl with a "text" field on each line (either may end in .xz); default: Shakespeare."""
     model: GLAConfig = dataclasses.field(default_factory=GLAConfig.tiny)
     """The model; its vocabulary is the 256 bytes."""
-    steps: int = 1500
+    steps: int = 2200
     """Optimizer steps in all."""
-    batch: int = 16
+    batch: int = 4
     """Sequences a step."""
     length: int = 256
     """Bytes of a sequence."""
@@ -45,9 +45,9 @@ class TrainConfig:
     """The gradient's norm is scaled down to this."""
     seed: int = 0
     """Of the initial weights, the order of the data and the closing sample."""
-    eval_every: int = 500
+    eval_every: int = 1100
     """Steps between evaluations on all held-out bytes; the last step always has one."""
-    save_every: int = 100
+    save_every: int = 200
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
     """Checkpoints kept."""

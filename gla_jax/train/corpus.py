@@ -22,7 +22,7 @@ SHAKESPEARE = Path(__file__).with_name("shakespeare.jsonl.xz")
 HELD_OUT = 0.05
 SPLITS = ("train", "validation")
 
-Stream = UInt8[np.ndarray, " bytes"]
+Stream = UInt8[np.ndarray, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,9 @@ def load_corpus(path: Path | None = None) -> Corpus:
     if not documents:
         raise InputError(f"argument --data: {path} is empty; it must hold text")
     train, validation = _split(documents)
+    for missing, texts in (("has nothing to train on", train), ("holds nothing out", validation)):
+        if not any(texts):
+            raise InputError(f"argument --data: {path} {missing}; a line must say, or there must be more text")
     return Corpus(_stream(train), _stream(validation), hashlib.sha256(raw).hexdigest())
 
 

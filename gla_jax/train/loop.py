@@ -3,13 +3,14 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import jax
 import numpy as np
 
 from gla_jax.train.checkpoints import Checkpoints
 from gla_jax.train.config import InputError, TrainConfig
-from gla_jax.train.corpus import Corpus, load_corpus
+from gla_jax.train.corpus import DOCUMENT, Corpus, load_corpus
 from gla_jax.train.data import evaluation_batches, training_batches
 from gla_jax.train.metrics import Log, Progress, bits, duration, read_log
 from gla_jax.train.run_folder import CHECKPOINTS, LOG, open_run
@@ -27,7 +28,7 @@ class Result:
     bits_per_byte: float
 
 
-def train(config: TrainConfig, out: TextIO | None = None) -> Result:
+def train(config: TrainConfig, out: Any = None) -> Result:
     """Train to the end of the run, from its beginning or from the newest checkpoint in its folder.
 
     An interrupted run that is called again takes the same steps on the same data as one that never stopped, and ends
@@ -35,7 +36,7 @@ def train(config: TrainConfig, out: TextIO | None = None) -> Result:
 
     Args:
       config: the run.
-      out: where the progress goes; default: standard output.
+      out: a text stream for the progress; default: standard output.
 
     Raises:
       InputError: if the corpus, the folder or the settings cannot be used.
@@ -46,12 +47,16 @@ def train(config: TrainConfig, out: TextIO | None = None) -> Result:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, corpus: Corpus, folder: Path, out: TextIO | None):
+    def __init__(self, config: TrainConfig, corpus: Corpus, folder: Path, out: Any):
         self._config, self._folder, self._out = config, folder, out
         self._data = training_batches(corpus.train, batch=config.batch, length=config.length, seed=config.seed)
         self._held_out = corpus.validation
-        self._program: Program = make_program(config, make_mesh())
+        mesh = make_mesh(config.batch)
+        self._program: Program = make_program(config, mesh)
         self._progress = Progress(0, config.steps, config.batch * config.length, out)
+        if mesh.size < jax.device_count():
+            count = jax.device_count()
+            self._progress.note(f"on {mesh.size} of {count} devices: --batch {config.batch} is no multiple of {count}")
 
     def finish(self) -> Result:
         config, note = self._config, self._progress.note
@@ -108,14 +113,14 @@ class _Run:
     def _evaluate(self, state: TrainState, step: int, log: Log) -> None:
         began = time.monotonic()
         config = self._config
-        # Summed in float64 on the host, a batch at a time.
-        nats = 0.0
+        # Summed in float64 on the host, a batch at a time. The ends of documents cost bits too, and are no bytes.
+        nats, size = 0.0, int(np.sum(self._held_out != DOCUMENT))
         for batch in evaluation_batches(self._held_out, batch=config.batch, length=config.length):
             nats += float(self._program.evaluate(state.params, *map(self._program.place, batch)))
-        per_byte = bits(nats) / (len(self._held_out) - 1)
+        per_byte = bits(nats) / size
         timing = {"seconds": round(time.monotonic() - began, 3)}
         log.write({"step": step, "held_out_bits_per_byte": per_byte, "timing": timing})
-        self._progress.note(f"step {step}: {per_byte:.4f} bits per byte on {len(self._held_out) - 1:,} held-out bytes")
+        self._progress.note(f"step {step}: {per_byte:.4f} bits per byte on {size:,} held-out bytes")
         self._progress.pause()
 
 

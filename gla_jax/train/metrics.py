@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 __all__ = ["Log", "Progress", "bits", "duration", "read_log"]
 
@@ -70,11 +70,11 @@ class Progress:
       start: steps already done.
       steps: steps in all.
       tokens: tokens a step.
-      out: where to; default: standard output.
+      out: a text stream; default: standard output.
       every: seconds between lines when `out` is no terminal.
     """
 
-    def __init__(self, start: int, steps: int, tokens: int, out: TextIO | None = None, every: float = 10.0):
+    def __init__(self, start: int, steps: int, tokens: int, out: Any = None, every: float = 10.0):
         self._out = sys.stdout if out is None else out
         self._steps, self._tokens, self._every = steps, tokens, every
         self._live = self._out.isatty()

@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from gla_jax.train.config import TrainConfig
 
-__all__ = ["make_optimizer", "make_schedule"]
+__all__ = ["make_optimizer", "make_schedule", "matrix_axes"]
 
 # Projections, by the logical names of their axes: what is left is embeddings, norms, biases, filters and the gate's
 # low-rank pair.
@@ -28,7 +28,7 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([rise, cosine], [warmup])
 
 
-def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, variables: Any) -> optax.GradientTransformation:
     """The optimizer over the pure dict of `variables`' values, which it masks by their logical axis names.
 
     Args:
@@ -36,8 +36,8 @@ def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientT
       variables: the model's state, with metadata; values may be abstract.
     """
     schedule = make_schedule(config)
-    matrices = nnx.to_pure_dict(jax.tree.map(_matrix_axes, variables, is_leaf=_is_variable))
-    is_matrix = jax.tree.map(lambda axes: axes is not None, matrices, is_leaf=_is_leaf)
+    matrices = matrix_axes(variables)
+    is_matrix = jax.tree.map(lambda axes: axes is not None, matrices, is_leaf=_is_axes)
     decay = config.weight_decay
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=decay, mask=is_matrix)
@@ -53,19 +53,17 @@ def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientT
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
+def matrix_axes(variables: Any) -> dict[str, Any]:
+    """The pure dict of `variables` with a projection's input and output axes in place of its array, None elsewhere."""
+
+    def axes(variable: nnx.Variable) -> nnx.Variable:
+        names = variable.get_metadata().get("out_sharding") or ()
+        named = [axis for axis, name in enumerate(names) if name in PROJECTION_AXES]
+        is_matrix = len(named) == 2 and set(names) <= PROJECTION_AXES | {"layers"}
+        return variable.replace(MuonDimensionNumbers(*named) if is_matrix else None)
+
+    return nnx.to_pure_dict(jax.tree.map(axes, variables, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
-def _is_leaf(x: Any) -> bool:
+def _is_axes(x: Any) -> bool:
     return x is None or isinstance(x, MuonDimensionNumbers)
-
-
-def _matrix_axes(variable: nnx.Variable) -> nnx.Variable:
-    """Which axes of a parameter are a projection's input and output, or None; a stack's axis is neither."""
-    names = variable.get_metadata().get("out_sharding") or ()
-    axes = [axis for axis, name in enumerate(names) if name in PROJECTION_AXES]
-    stacked = 1 if "layers" in names else 0
-    if len(axes) != 2 or len(names) != 2 + stacked:
-        return variable.replace(None)
-    return variable.replace(MuonDimensionNumbers(*axes))

@@ -27,8 +27,7 @@ def load_model(run: Path) -> nnx.Module:
     config = load_config(run)
     if not (run / CHECKPOINTS).is_dir():
         raise InputError(f"argument RUN: {run} has no checkpoint yet; train it first")
-    # One device: a sample is one row.
-    program = make_program(config, make_mesh(jax.local_devices()[:1]))
+    program = make_program(config, make_mesh(1))  # a sample is one row
     with Checkpoints(run / CHECKPOINTS, keep=None) as checkpoints:
         return nnx.merge(program.graphdef, checkpoints.restore_params(program.abstract))
 

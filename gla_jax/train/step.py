@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step, each a single executable over a mesh."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 
 from gla_jax.array_types import Array
 from gla_jax.nn import GLAForCausalLM, param_shardings
-from gla_jax.train.config import InputError, TrainConfig
+from gla_jax.train.config import TrainConfig
 from gla_jax.train.optimizer import make_optimizer, make_schedule
 
 __all__ = ["Program", "TrainState", "make_mesh", "make_program"]
@@ -43,10 +43,10 @@ class Program:
     place: Callable[[Any], Any]
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices, by default all of them, on one axis, "data"."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def make_mesh(batch: int) -> Mesh:
+    """One axis, "data", of as many devices as divide the batch."""
+    count = max(n for n in range(1, jax.device_count() + 1) if batch % n == 0)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
 
 
 def make_program(config: TrainConfig, mesh: Mesh) -> Program:
@@ -55,13 +55,8 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     `initialize()` gives the first state; `train(state, tokens)` takes tokens [batch, length + 1], uses up the state,
     and returns the next one with its "loss" (mean nats a target token), "grad_norm" (before clipping) and
     "learning_rate"; `evaluate(params, tokens, weights)` returns the weighted sum of nats; `abstract` is the state's
-    shapes and shardings; `place` puts a host batch onto the mesh.
-
-    Raises:
-      InputError: if the devices do not divide the batch.
+    shapes and shardings; `place` puts a host batch onto the mesh, whose size must divide config.batch.
     """
-    if config.batch % mesh.size:
-        raise InputError(f"argument --batch: must be a multiple of the {mesh.size} devices, got {config.batch}")
 
     def make_model() -> GLAForCausalLM:
         return GLAForCausalLM(config.model, rngs=nnx.Rngs(config.seed))
@@ -102,12 +97,12 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
 
 
 def next_token_nats(
-    model: GLAForCausalLM, tokens: Int[Array, "b t_and_1"], weights: Float[Array, "b t"] | None
+    model: Callable[[Array], Array], tokens: Int[Array, "b t_and_1"], weights: Float[Array, "b t"] | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The weighted sum over targets of -log p(target | what is before it) in nats, and the sum of weights; float32.
 
     Args:
-      model: tokens -> logits.
+      model: tokens [b, t] -> logits [b, t, vocab].
       tokens: [b, t + 1]; all but the last are read, all but the first are targets.
       weights: [b, t], one a target; None for ones.
     """

@@ -1,0 +1,64 @@
+import pytest
+
+from gla_jax import cli
+
+SMALL = [
+    *("--batch=8", "--length=32", "--steps=3", "--eval-every=3", "--sample=8"),
+    *("--model.hidden-size=32", "--model.num-layers=1", "--model.num-heads=1", "--model.mlp-size=32"),
+]
+
+
+def test_train_then_sample(tmp_path, capsys):
+    text, run = tmp_path / "a.txt", tmp_path / "run"
+    text.write_text("what is past is prologue. " * 50)
+    assert cli.main(["train", f"--run={run}", f"--data={text}", *SMALL]) == 0
+    out = capsys.readouterr().out
+    for line in ("loss of the last step: ", "held-out text: ", "sample:", f"settings, log and checkpoints: {run}"):
+        assert f"\n{line}" in out
+    assert cli.main(["sample", str(run), "what is", "--length=8", "--temperature=0"]) == 0
+    assert capsys.readouterr().out.startswith("what is")
+    # The same folder for another run.
+    assert cli.main(["train", f"--run={run}", f"--data={text}", *SMALL, "--seed=1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"gla-jax: argument --run: {run} holds a run with other settings: --seed (0 there, 1 here); "
+        "give the same settings to go on with it, or another --run\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "/nothing"], "argument --data: /nothing does not exist; give a text or .jsonl file"),
+        (["sample", "/nothing"], "argument RUN: /nothing has no config.json; give a folder that `gla-jax train` made"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"gla-jax: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--steps=0"], "argument --steps: must be at least 1, got 0"),
+        (["train", "--steps=many"], "--steps"),
+        (["train", "--optimizer=sgd"], "--optimizer"),
+        (["train", "--model.dtype=float8"], "dtype: must be one of float32"),
+        (["dance"], "dance"),
+    ],
+)
+def test_flags_are_checked(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gla_jax.train import InputError
+from gla_jax.train.checkpoints import Checkpoints, fingerprint
+from gla_jax.train.data import training_batches
+from gla_jax.train.step import TrainState
+
+STREAM = np.arange(200, dtype=np.uint8)
+
+
+def state_at(step):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    values = {"a": jnp.arange(6.0).reshape(2, 3) + step, "b": {"c": jnp.full((300, 70), step, jnp.bfloat16)}}
+    state = TrainState(jnp.int32(step), values, (jnp.ones(3, jnp.int32) * step, {"m": jnp.arange(4.0)}))
+    return jax.device_put(state, device)
+
+
+def abstract():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_at(0))
+
+
+def data():
+    return training_batches(STREAM, batch=2, length=9, seed=0)
+
+
+def save_steps(folder, steps, keep=2):
+    iterator, following = data(), {}
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        for step in range(1, max(steps) + 1):
+            batch = next(iterator)
+            following[step - 1] = batch
+            if step in steps:
+                checkpoints.save(state_at(step), iterator)
+    following[step] = next(iterator)
+    return following
+
+
+def test_what_is_saved_comes_back_with_the_datas_position(tmp_path):
+    following = save_steps(tmp_path, [2, 5])
+    iterator = data()
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(abstract(), iterator)
+        jax.tree.map(np.testing.assert_array_equal, restored, state_at(5))
+        assert restored is not None
+        assert restored.params["b"]["c"].dtype == jnp.bfloat16
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(abstract()), state_at(5).params)
+    np.testing.assert_array_equal(next(iterator), following[5])
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    save_steps(tmp_path, [1, 2, 3, 4])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+
+
+def test_nothing_saved(tmp_path):
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.restore(abstract(), data()) is None
+        with pytest.raises(InputError, match=r"argument RUN: .*run has no checkpoint yet; train it first"):
+            checkpoints.restore_params(abstract())
+
+
+def damage(folder):
+    """Change some bytes in the middle of each of a checkpoint's data files."""
+    for path in (folder / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            content = bytearray(path.read_bytes())
+            middle = len(content) // 2
+            content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+            path.write_bytes(content)
+
+
+# What orbax had begun to read when it met the damage.
+UNREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@UNREAD
+@pytest.mark.parametrize("how", ["changed", "cut short", "gone"])
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(tmp_path, how):
+    following = save_steps(tmp_path, [2, 5])
+    files = [path for path in (tmp_path / "5" / "params").rglob("*") if path.is_file() and path.parent.name == "d"]
+    assert files
+    if how == "changed":
+        damage(tmp_path / "5")
+    for path in files:
+        if how == "cut short":
+            path.write_bytes(path.read_bytes()[:10])
+        elif how == "gone":
+            path.unlink()
+    told, iterator = [], data()
+    with Checkpoints(tmp_path, note=told.append) as checkpoints:
+        restored = checkpoints.restore(abstract(), iterator)
+        jax.tree.map(np.testing.assert_array_equal, restored, state_at(2))
+        np.testing.assert_array_equal(next(iterator), following[2])
+        (line,) = told
+        assert line.startswith(f"checkpoint {tmp_path / '5'} is damaged, trying the one before (")
+        # The damaged one is replaced when its step comes again.
+        checkpoints.save(dataclasses.replace(state_at(5)), iterator)
+        checkpoints.wait()
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(abstract(), data()), state_at(5))
+    assert len(told) == 1
+
+
+@UNREAD
+def test_every_checkpoint_damaged(tmp_path):
+    save_steps(tmp_path, [2, 5])
+    for name in ("2", "5"):
+        damage(tmp_path / name)
+    with (
+        Checkpoints(tmp_path, note=lambda _: None) as checkpoints,
+        pytest.raises(
+            InputError, match=r"argument --run: every checkpoint in .* is damaged; give a new folder to start over"
+        ),
+    ):
+        checkpoints.restore(abstract(), data())
+
+
+def test_a_save_that_never_finished_is_cleared_away(tmp_path):
+    save_steps(tmp_path, [2])
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(abstract(), data())
+    assert restored is not None
+    assert int(restored.step) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+
+
+def test_a_fingerprint_depends_on_every_element_and_its_place():
+    tree = {"a": jnp.arange(10.0), "b": jnp.arange(10), "c": jnp.ones(3, bool), "d": jnp.ones((2, 2), jnp.bfloat16)}
+    prints = {int(fingerprint(tree))}
+    for name, leaf in tree.items():
+        for i in range(leaf.size):
+            changed = leaf.reshape(-1).at[i].set(leaf.reshape(-1)[i] == 0).reshape(leaf.shape)
+            prints.add(int(fingerprint({**tree, name: changed})))
+    assert len(prints) == 1 + sum(leaf.size for leaf in tree.values())
+    assert int(fingerprint({**tree, "a": tree["a"][::-1]})) not in prints
+    assert int(fingerprint(tree)) in prints

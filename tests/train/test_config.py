@@ -1,0 +1,45 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from gla_jax.train import InputError, TrainConfig
+from gla_jax.train.config import config_from_json, config_to_json, differences
+
+from .small import small
+
+
+@pytest.mark.parametrize("data", [None, Path("texts/mine.jsonl")])
+def test_a_config_survives_json(data):
+    config = small(Path("runs/a"), data=data, optimizer="adamw", learning_rate=1e-3)
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "argument --steps: must be at least 1, got 0"),
+        ("save_every", 0, "argument --save-every: must be at least 1, got 0"),
+        ("learning_rate", float("nan"), "argument --learning-rate: must be a positive number, got nan"),
+        ("final_learning_rate", 1.5, "argument --final-learning-rate: must be between 0 and 1, got 1.5"),
+        ("weight_decay", -1.0, "argument --weight-decay: must be at least 0, got -1.0"),
+        ("seed", -1, "argument --seed: must be between 0 and 2^32 - 1, got -1"),
+        ("sample", -1, "argument --sample: must be at least 0, got -1"),
+    ],
+)
+def test_bad_values_are_named(field, value, message):
+    with pytest.raises(InputError) as error:
+        TrainConfig(**{field: value})
+    assert str(error.value) == message
+
+
+def test_the_vocabulary_must_hold_all_bytes():
+    with pytest.raises(InputError, match=r"argument --model.vocab-size: must be at least 256, got 100"):
+        TrainConfig(model=TrainConfig().model.replace(vocab_size=100))
+
+
+def test_differences_name_flags_and_both_values():
+    saved = {"steps": 10, "model": {"num_heads": 2, "dtype": "float32"}, "seed": 0}
+    given = {"steps": 20, "model": {"num_heads": 4, "dtype": "float32"}, "seed": 0}
+    assert differences(saved, given) == ["--model.num-heads (2 there, 4 here)", "--steps (10 there, 20 here)"]
+    assert differences(saved, saved) == []
