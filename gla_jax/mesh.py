@@ -1,7 +1,33 @@
 """Sharded calls: on Explicit mesh axes a call runs on each shard of batch and heads by itself."""
 
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, PartitionSpec
+
+
+def runs_on_one_device(q) -> bool:
+    """Whether a call on q, cut along Explicit axes, runs on one device a shard: what a GPU kernel needs."""
+    mesh = jax.typeof(q).sharding.mesh
+    if mesh.empty:
+        return jax.device_count() == 1
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return all(size == 1 for kind, size in sizes if kind == AxisType.Auto)
+
+
+def vary_alike(arrays: Any) -> Any:
+    """Inside shard_map, each array made to vary over all axes that any of them varies over; elsewhere as it is."""
+
+    def varying(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
+
+    def widen(x):
+        missing = axes - varying(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(widen, arrays)
 
 
 def shard_by_arguments(run, name, options, q, k, v, g):
