@@ -149,7 +149,8 @@ def _run(name, options, q, k, v, g):
         state = jnp.zeros((sequences, *k.shape[2:], v.shape[-1]), checks.state_dtype(q.dtype))
 
     _, run = _IMPLEMENTATIONS[name]
-    o, state = run(*vary_alike((q, k, v, g, state)), scale, cu)
+    q, k, v, g, state = vary_alike((q, k, v, g, state))
+    o, state = run(q, k, v, g, state, scale, cu)
     if reverse:
         o = jnp.flip(o, 1)
         state = state if cu is None else jnp.flip(state, 0)
