@@ -51,7 +51,7 @@ def layout(batch: int, time: int, segment_ids=None, cu_seqlens=None) -> tuple[To
     for row in range(batch):
         before, last = None, None
         for i in range(time):
-            own = 0 if segment_ids is None else int(segment_ids[row, i])
+            own = int(segment_ids[row, i])
             if own < 0:
                 counts[row, i] = False
                 continue
@@ -84,8 +84,10 @@ def oracle(
     q, k, v, g, initial_state, do, dstate = wide
     batch, time, heads, key_dim = q.shape
     scale = key_dim**-0.5 if scale is None else scale
-    tokens, states = layout(batch, time, *(_flip(x, reverse, time) for x in (segment_ids, cu_seqlens)))
     rows_first = cu_seqlens is None
+    tokens, states = None, 1  # one run a row
+    if segment_ids is not None or cu_seqlens is not None:
+        tokens, states = layout(batch, time, *(_flip(x, reverse, time) for x in (segment_ids, cu_seqlens)))
     shape = (batch if rows_first else states, k.shape[2], key_dim, v.shape[-1])
     start = np.zeros(shape) if initial_state is None else initial_state
     start, dstate = (_states_in(x, rows_first, reverse) for x in (start, dstate))
@@ -148,9 +150,9 @@ def _forward(q, k, v, g, start, scale, tokens, together):
     repeated = (jnp.repeat(x, group, axis=2) for x in (k, v, decay))
     by_lane = [_fold(jnp.moveaxis(x, 2, 1), together) for x in (q, *repeated)]
     tables = _fold(jnp.repeat(jnp.moveaxis(start, 2, 1), group, axis=1), together)  # [lane, states, k, v]
-    roles = [_fold(jnp.repeat(jnp.asarray(x)[:, None], heads, 1), together) for x in tokens]
+    roles = jax.tree.map(lambda x: _fold(jnp.repeat(jnp.asarray(x)[:, None], heads, 1), together), tokens)
 
-    o, state = jax.lax.map(lambda x: jax.vmap(functools.partial(_lane, scale))(*x), (*by_lane, tables, *roles))
+    o, state = jax.lax.map(lambda x: jax.vmap(functools.partial(_lane, scale))(*x), (by_lane, tables, roles))
     o = jnp.moveaxis(o.reshape(batch, heads, *o.shape[2:]), 1, 2)
     # A group's heads have one state.
     state = jnp.moveaxis(state.reshape(batch, heads, *state.shape[2:])[:, ::group], 1, 2)
@@ -162,31 +164,31 @@ def _fold(x, together):
     return x.reshape(-1, together, *x.shape[2:])
 
 
-def _lane(scale, q, k, v, decay, table, enter, leave, counts):
-    """One head of one row: q, k [t, k], v [t, v], decay [t, k or 1], table [states, k, v]."""
-    time, states = q.shape[0], table.shape[0]
-    block = math.ceil(math.sqrt(time))
-    more = -time % block
-    entering = jnp.concatenate([table, jnp.zeros_like(table[:1])])
+def _lane(scale, tokens, table, roles):
+    """One head of one row: q, k [t, k], v [t, v], decay [t, k or 1]; table [states, k, v]; no roles for one run."""
+    time, states = tokens[0].shape[0], table.shape[0]
+    block = max(n for n in range(1, math.isqrt(time) + 1) if time % n == 0)
 
-    def split(x, fill):
-        x = jnp.pad(x, ((0, more),) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
-        return x.reshape(-1, block, *x.shape[1:])
-
-    def token(carry, x):
-        before, finals = carry
-        q, k, v, decay, enter, leave, counts = x
-        s = jnp.where(enter >= 0, entering[enter], before)
+    def update(s, q, k, v, decay):
         s = decay[:, None] * s + k[:, None] * v[None, :]
-        o = jnp.where(counts, scale * (q @ s), 0.0)
+        return s, scale * (q @ s)
+
+    def of_one_run(s, x):
+        return update(s, *x[0])
+
+    def of_many(carry, x):
+        before, finals = carry
+        token, (enter, leave, counts) = x
+        s, o = update(jnp.where(enter >= 0, entering[enter], before), *token)
         s = jnp.where(counts, s, before)
         leaves = (jnp.arange(states) == leave)[:, None, None]
-        return (s, jnp.where(leaves, s, finals)), o
+        return (s, jnp.where(leaves, s, finals)), jnp.where(counts, o, 0.0)
 
-    def tokens(carry, xs):
-        return jax.lax.scan(token, carry, xs)
+    def of_block(carry, xs):
+        return jax.lax.scan(of_one_run if roles is None else of_many, carry, xs)
 
-    xs = [split(x, 0) for x in (q, k, v, decay)]
-    xs += [split(enter, -1), split(leave, -1), split(counts, False)]
-    (_, finals), o = jax.lax.scan(jax.checkpoint(tokens), (jnp.zeros_like(table[0]), table), xs)
-    return o.reshape(-1, v.shape[-1])[:time], finals
+    xs = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (tokens, roles))
+    entering = jnp.concatenate([table, jnp.zeros_like(table[:1])])
+    start = table[0] if roles is None else (jnp.zeros_like(table[0]), table)
+    end, o = jax.lax.scan(jax.checkpoint(of_block), start, xs)
+    return o.reshape(time, -1), end[None] if roles is None else end[1]

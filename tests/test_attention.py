@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gla_jax
 from gla_jax import gated_linear_attention, which_implementation
 
 from .cases import MILD, STRONG, Arguments, apply, arguments, check, expected, logsigmoid, relative
@@ -43,7 +42,7 @@ def test_cases_of_flash_linear_attention(case):
         gate_dtype="float32" if case.gate == "head" else case.dtype,
         states=case.batch if case.cu is None else len(case.cu) - 1,
     )
-    check(x, STRONG if case.normalizer < 1 else MILD, scale=case.scale, cu_seqlens=case.cu)
+    check(x, STRONG if case.normalizer < 1 else MILD, scale=case.scale, cu_seqlens=case.cu, optimized=x.q.size > 2**20)
 
 
 def gate_mixtures(shape):
@@ -118,11 +117,20 @@ def test_head_dimensions(key, value):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("gate", ["vector", "scalar", "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("time", [1, 15, 63, 65, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "gate"),
+    [("float32", "scalar"), ("float32", "none"), ("bfloat16", "vector"), ("float16", "vector"), ("bfloat16", "scalar")],
+)
+@pytest.mark.parametrize("time", [1, 15, 63, 65])
 def test_lengths_of_every_dtype(time, dtype, gate):
-    check(arguments(0, 2, time, 4, 32, 48, hk=2, gate=gate, dtype=dtype), MILD, optimized=time == 1000)
+    check(arguments(0, 2, time, 2, 8, 5, gate=gate, dtype=dtype), MILD)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("gate", ["vector", "scalar", "head", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thousand_tokens(dtype, gate):
+    check(arguments(0, 2, 1000, 4, 32, 48, hk=2, gate=gate, dtype=dtype), MILD, optimized=True)
 
 
 @pytest.mark.large
@@ -342,7 +350,7 @@ def test_eager_and_jitted_agree():
 
 def test_which_implementation():
     arrays = SMALL[:4]
-    assert which_implementation(*arrays) == gla_jax.Choice("xla", {})
+    assert which_implementation(*arrays).name == "xla"
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     assert which_implementation(*specs, output_final_state=True).name == "xla"
     wide = [jax.ShapeDtypeStruct(a.shape, jnp.float64) for a in arrays]
