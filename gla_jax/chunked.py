@@ -268,7 +268,8 @@ def _vector_backward(how, residuals, cotangents):
 
     A pair i > j of the chunk holds the gates from j + 1 to i. So dg_l is the sum over i >= l of what token i has as a
     query less the sum over j >= l of what token j has as a key. Pairs with both after l cancel, to float32's rounding
-    only, since the same rounded operands made both sums.
+    only, since the same rounded operands made both sums. What crosses the chunk's ends is summed without cancelling:
+    reads over i >= l, writes over j < l.
     """
     q, k, g, levels, prefix, suffix, halves, (_, reads, writes, _) = residuals
     dscores, dreads, dwrites, dtotal = (x.astype(jnp.float32) for x in cotangents)
@@ -276,7 +277,7 @@ def _vector_backward(how, residuals, cotangents):
     dq = dreads * prefix[:, :, :, None] + diagonal * k[:, :, :, None]
     dk = dwrites * suffix + jnp.sum(diagonal * q, 3)
     written = dwrites * writes
-    net = jnp.sum(dreads * reads, 3) - written
+    net = jnp.sum(dreads * reads, 3)
     for (right, left), (queries, keys) in zip(levels, halves, strict=True):
         m = right.shape[-2]
         blocks = dscores.reshape(*dscores.shape[:-2], -1, 2, m, dscores.shape[-1] // (2 * m), 2, m)
@@ -288,8 +289,8 @@ def _vector_backward(how, residuals, cotangents):
         net = net + _in_right_halves(jnp.sum(dqueries * queries, 3)) - _in_left_halves(dkeys * keys)
     dq, dk, net, written = _keep((dq, dk, net, written))
     later = jnp.triu(jnp.ones((g.shape[-2],) * 2))
-    dg = jnp.einsum("ij,nbhjk->nbhik", later, net, precision=jax.lax.Precision.HIGHEST)
-    dg = dg + jnp.sum(written, -2, keepdims=True) + dtotal.swapaxes(-1, -2)
+    sums, tokens = jnp.concatenate([later, 1 - later], -1), jnp.concatenate([net, written], -2)
+    dg = jnp.einsum("ij,nbhjk->nbhik", sums, tokens, precision=jax.lax.Precision.HIGHEST) + dtotal.swapaxes(-1, -2)
     return dq, dk, jnp.where(g == -jnp.inf, 0, dg)
 
 
