@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
     counts: np.ndarray
 
 
-def layout(batch: int, time: int, segment_ids=None, cu_seqlens=None) -> tuple[Tokens, int]:
+def layout(batch: int, time: int, segment_ids: Any, cu_seqlens: Any) -> tuple[Tokens, int]:
     """The tokens' roles and the number of states a row; the number after the last one is a state of zeros."""
     enter, leave = np.full((batch, time), -1, np.int64), np.full((batch, time), -1, np.int64)
     counts = np.ones((batch, time), bool)
@@ -189,6 +189,7 @@ def _lane(scale, tokens, table, roles):
 
     xs = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (tokens, roles))
     entering = jnp.concatenate([table, jnp.zeros_like(table[:1])])
-    start = table[0] if roles is None else (jnp.zeros_like(table[0]), table)
+    start: Any = table[0] if roles is None else (jnp.zeros_like(table[0]), table)
     end, o = jax.lax.scan(jax.checkpoint(of_block), start, xs)
-    return o.reshape(time, -1), end[None] if roles is None else end[1]
+    _, finals = (None, end[None]) if roles is None else end
+    return o.reshape(time, -1), finals
