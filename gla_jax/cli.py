@@ -39,7 +39,7 @@ def _train(config: TrainConfig) -> None:
         print("sample:")
         _print_stream(continue_text(load_model(result.run), "", length=config.sample, seed=config.seed))
     print(f"settings, log and checkpoints: {result.run}")
-    print(f'more text: gla-jax sample {result.run} "First Citizen:"')
+    print(f'more text: gla-jax sample {result.run} "To be"')
 
 
 def _sample(config: SampleConfig) -> None:

@@ -53,7 +53,7 @@ class _Run:
         self._held_out = corpus.validation
         mesh = make_mesh(config.batch)
         self._program: Program = make_program(config, mesh)
-        self._progress = Progress(0, config.steps, config.batch * config.length, out)
+        self._progress = Progress(config.steps, config.batch * config.length, out)
         if mesh.size < jax.device_count():
             count = jax.device_count()
             self._progress.note(f"on {mesh.size} of {count} devices: --batch {config.batch} is no multiple of {count}")

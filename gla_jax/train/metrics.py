@@ -67,28 +67,30 @@ class Progress:
     """One line on the console that is written over on a terminal, and written anew every `every` seconds elsewhere.
 
     Args:
-      start: steps already done.
       steps: steps in all.
       tokens: tokens a step.
       out: a text stream; default: standard output.
       every: seconds between lines when `out` is no terminal.
     """
 
-    def __init__(self, start: int, steps: int, tokens: int, out: Any = None, every: float = 10.0):
+    def __init__(self, steps: int, tokens: int, out: Any = None, every: float = 10.0):
         self._out = sys.stdout if out is None else out
         self._steps, self._tokens, self._every = steps, tokens, every
         self._live = self._out.isatty()
         self._shown = -math.inf
         self._loss: float | None = None
         self._width = 0
-        self._marks = [(time.monotonic(), start)]
+        self._marks: list[tuple[float, int]] = []
 
     def pause(self) -> None:
         """Leave out of the speed what happens until the next `step`, such as an evaluation."""
         self._marks = []
 
     def step(self, step: int, loss: float) -> float:
-        """Note that a step is done, show it if it is time, and return the speed in tokens a second (0: unknown)."""
+        """Note that a step is done, show it if it is time, and return the speed in tokens a second (0: not known yet).
+
+        The speed is that of the last 50 steps; the first, which waits for the compiler, is not among them.
+        """
         now = time.monotonic()
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         self._marks = [*self._marks[-50:], (now, step)]

@@ -33,7 +33,7 @@ def load_model(run: Path) -> nnx.Module:
 
 
 def continue_text(
-    model: nnx.Module, prompt: str, *, length: int, temperature: float = 0.8, top_p: float = 1.0, seed: int = 0
+    model: nnx.Module, prompt: str, *, length: int, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
 ) -> Iterator[str]:
     """Continue a prompt, a piece of text at a time as it is made; memory does not grow with prompt or length.
 

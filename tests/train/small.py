@@ -8,7 +8,7 @@ from gla_jax.nn import GLAConfig
 from gla_jax.train import TrainConfig
 from gla_jax.train.metrics import read_log
 
-MODEL = GLAConfig.tiny().replace(hidden_size=32, num_layers=2, num_heads=2, mlp_size=64)
+MODEL = GLAConfig.tiny().replace(hidden_size=32, num_layers=2, num_heads=2, mlp_size=64, layer_unroll=1)
 
 
 def small(run: str | Path, **changes: Any) -> TrainConfig:
