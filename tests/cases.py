@@ -36,15 +36,17 @@ class Tolerance(NamedTuple):
     vanishing: float | None = None
 
 
-MILD = {
+# For gates weaker than logsigmoid(randn), for those, and where strong ones are among them.
+WEAK = {
     "float32": Tolerance(2e-6, 1e-5, 5e-5),
     "float16": Tolerance(1e-3, 2e-3, 2e-3),
-    "bfloat16": Tolerance(5e-3, 8e-3, 1.5e-2),
+    "bfloat16": Tolerance(5e-3, 8e-3, 8e-3),
 }
+MILD = {**WEAK, "bfloat16": Tolerance(5e-3, 8e-3, 1.5e-2)}
 STRONG = {
     "float32": Tolerance(1e-4, 1e-4, 1e-4),
     "float16": Tolerance(4e-3, 5e-3, 5e-3),
-    "bfloat16": Tolerance(5e-3, 8e-3, 1.5e-2),
+    "bfloat16": Tolerance(5e-3, 8e-3, 8e-3),
 }
 # The worst measured, by dtype, kind of gates and quantity; conftest.py prints it with `pytest -v`.
 MEASURED: dict[tuple[str, str, str], float] = collections.defaultdict(float)
@@ -87,11 +89,13 @@ def arguments(
     def normal(*shape, scale=1.0, dtype=dtype):
         return jnp.asarray(scale * rng.standard_normal(shape), dtype)
 
+    with np.errstate(over="ignore"):  # -1e37 is -inf in float16
+        g = None if g is None else jnp.asarray(g, gate_dtype)
     return Arguments(
         q=normal(b, t, h, k),
         k=normal(b, t, hk, k, scale=size),
         v=normal(b, t, hk, v, scale=size),
-        g=None if g is None else jnp.asarray(g, gate_dtype),
+        g=g,
         initial_state=normal(states, hk, k, v, scale=size**2, dtype="float32") if states else None,
         do=normal(b, t, h, v, scale=cotangents),
         dstate=normal(states, hk, k, v, scale=cotangents, dtype="float32") if states else None,
@@ -154,7 +158,7 @@ def check(
 def compare(x: Arguments, got: Result, want: Result, tolerance: dict[str, Tolerance], *, label: str = "") -> None:
     dtype = str(x.q.dtype)
     bounds = tolerance[dtype]
-    kind = "mild" if tolerance is MILD else "strong"
+    kind = "weak" if tolerance is WEAK else "mild" if tolerance is MILD else "strong"
     failures = []
     for name, actual, reference in zip(Result._fields, got, want, strict=True):
         if actual is None:
