@@ -30,7 +30,7 @@ def gated_linear_attention(
     cu_seqlens: Int[Array | np.ndarray, "n1"] | None = None,
     reverse: bool = False,
     implementation: Implementation | Sequence[Implementation] | None = None,
-) -> tuple[Array, State | None]:
+) -> tuple[Array, Array | None]:
     """Gated linear attention: a linear recurrence whose matrix state decays by a gate of the input.
 
         S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t

@@ -16,7 +16,7 @@ def gated_linear_attention_step(
     state: State,
     *,
     scale: float | None = None,
-) -> tuple[Float[Array, "b h v"], State]:
+) -> tuple[Float[Array, "b h v"], Float[Array, "b hk k v"]]:
     """One token of `gated_linear_attention`: S = Diag(exp g) S + k^T v and o = scale * q S.
 
     (arXiv 2312.06635, equation 3.) Donate the state under `jax.jit` and it is updated in place.

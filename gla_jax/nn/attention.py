@@ -146,23 +146,25 @@ class GatedLinearAttention(nnx.Module):
 
     def step(self, x: Float[Array, "b d"], cache: dict[str, Array]) -> tuple[Float[Array, "b d"], dict[str, Array]]:
         """The layer for one token x [b, d] after what the cache has seen; time and memory do not depend on how much."""
-        new = {}
+        new: dict[str, Array] = {}
         projections = {"q_conv": self.q_proj(x), "k_conv": self.k_proj(x), "v_conv": self.v_proj(x)}
         for name, conv in self._convolutions().items():
             projections[name], new[name] = conv.step(projections[name], cache[name])
-        q, k, v, g = self._heads(*projections.values(), self._gate(x))
+        q, k, v = (projections[name] for name in ("q_conv", "k_conv", "v_conv"))
+        q, k, v, g = self._heads(q, k, v, self._gate(x))
         o, new["state"] = gated_linear_attention_step(q, k, v, g, cache["state"])
         return self._output(o, x), new
 
     def _mix(self, x: Array, cache: dict[str, Array] | None, segment_ids: Ids | None) -> tuple[Array, dict[str, Array]]:
-        new = {}
+        new: dict[str, Array] = {}
         projections = {"q_conv": self.q_proj(x), "k_conv": self.k_proj(x), "v_conv": self.v_proj(x)}
         for name, conv in self._convolutions().items():
             if cache is None:
                 projections[name] = conv(projections[name], segment_ids)
             else:
                 projections[name], new[name] = conv.prefill(projections[name], cache[name], segment_ids)
-        q, k, v, g = self._heads(*projections.values(), self._gate(x))
+        q, k, v = (projections[name] for name in ("q_conv", "k_conv", "v_conv"))
+        q, k, v, g = self._heads(q, k, v, self._gate(x))
         o, state = gated_linear_attention(
             q,
             k,
@@ -184,6 +186,7 @@ class GatedLinearAttention(nnx.Module):
     def _gate(self, x: Array) -> Array:
         """Log decays [..., hk * k], float32 whatever the inputs: the decays of many tokens are added up."""
         low = self.gate_down(x)
+        assert self.gate_up.bias is not None
         up, bias = self.gate_up.kernel[...].astype(low.dtype), self.gate_up.bias[...].astype(jnp.float32)
         g = jax.nn.log_sigmoid(jnp.dot(low, up, preferred_element_type=jnp.float32) + bias) / self.gate_normalizer
         return g if self.gate_clamp is None else jnp.maximum(g, self.gate_clamp)

@@ -1,12 +1,13 @@
 """One layer of the model: mixing over time, then the MLP."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
+from gla_jax.attention import Implementation
 from gla_jax.nn.attention import GatedLinearAttention
 from gla_jax.nn.config import GLAConfig
 from gla_jax.nn.mlp import SwiGLU
@@ -76,6 +77,6 @@ def _mixer(config: GLAConfig, **common: Any) -> GatedLinearAttention:
         output_norm_affine=config.output_norm_affine,
         norm_eps=config.norm_eps,
         init_std=config.init_std,
-        implementation=config.implementation,
+        implementation=cast(Implementation | None, config.implementation),
         **common,
     )

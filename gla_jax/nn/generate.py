@@ -112,6 +112,7 @@ def sample(
         before = jnp.cumsum(probability, -1) - probability
         least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
+    assert key is not None, "drawing needs a key"
     return jax.random.categorical(key, logits, -1).astype(jnp.int32)
 
 
@@ -173,7 +174,10 @@ def _prefill(model: Any, prompt: Array, lengths: Array | None, piece: int) -> tu
     def read(carry: tuple[Array, Any], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Any], None]:
         return model.prefill(inputs[0], carry[1], inputs[1]), None
 
-    xs = tuple(jnp.moveaxis(x.reshape(b, pieces, piece), 1, 0) for x in (prompt, ids))
+    def by_piece(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(b, pieces, piece), 1, 0)
+
+    xs = (by_piece(prompt), by_piece(ids))
     logits = jax.eval_shape(model.step, prompt[:, 0], cache)[0]
     return jax.lax.scan(read, (jnp.zeros(logits.shape, logits.dtype), cache), xs)[0]
 

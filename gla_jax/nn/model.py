@@ -71,11 +71,10 @@ class GLAForCausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits [..., vocab] from what `hidden` returns."""
-        if self.lm_head is None:
-            weight = self.embed.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-        weight = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
+        weight = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        rows = hidden.reshape(-1, hidden.shape[-1])  # as in `linear`, for the weight's gradient on a CPU
+        logits = jnp.dot(rows, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def init_cache(self, batch_size: int) -> Any:
         """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""

@@ -47,6 +47,14 @@ def parameter(init: Callable, shape: tuple[int, ...], axes: Axes, *, param_dtype
     return nnx.Param(_annotated(init, axes)(rngs.params(), shape, param_dtype))
 
 
+class _Linear(nnx.Linear):
+    """nnx.Linear over rows [n, in]: for the gradient of its weights XLA's CPU backend would transpose [b, t, in]."""
+
+    def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), **kwargs)
+        return rows.reshape(*inputs.shape[:-1], -1)
+
+
 def linear(
     features_in: int,
     features_out: int,
@@ -59,7 +67,7 @@ def linear(
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A Flax linear layer with kernel [in, out] from N(0, init_std^2), bias 0, and annotated `axes`."""
-    return nnx.Linear(
+    return _Linear(
         features_in,
         features_out,
         use_bias=bias,
