@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.array_types import Array, Gate, Key, Query, State, Value
 from gla_jax.pallas.config import WIDTH, ForwardConfig, choose_forward
-from gla_jax.pallas.forward_kernel import CHUNK, forward_kernel, scratch
+from gla_jax.pallas.forward_kernel import forward_kernel, scratch
+from gla_jax.pallas.gating import CHUNK, FLOOR
 
 LARGEST_KEY = 128
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -62,8 +63,8 @@ def forward(
     Args:
       q: [b, t, h, k], bfloat16 or float16, k at most 128.
       k, v: [b, t, hk, k] and [b, t, hk, v] of q's dtype.
-      g: log decay, [b, t, hk] or [b, t, hk, k], at most 0; -inf is a hard reset. None for no decay. A float32 gate is
-        rounded to q's dtype, which moves a decay's exponent by at most 2^-9 of itself.
+      g: log decay, [b, t, hk] or [b, t, hk, k], at most 0; -inf is a hard reset. None for no decay. A float32 gate a
+        channel is rounded to q's dtype, which moves a decay's exponent by at most 2^-9 of itself.
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       output_final_state: whether to return the state after the last token.
@@ -75,12 +76,13 @@ def forward(
     """
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
-    g = _per_channel(g, k)
+    scalar_gate = g is None or g.ndim == 3
     config = config or choose_forward(key_size, value_size, batch * heads, q.dtype)
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
     widths = config.key_blocks * WIDTH, -(-value_size // config.value_width) * config.value_width
-    q, k, g = (_pad(x, padded_time, widths[0]) for x in (q, k, g))
+    g = _sums_of_chunks(g, k) if g is None or g.ndim == 3 else _pad(g.astype(k.dtype), padded_time, widths[0])
+    q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
     if initial_state is not None:
         initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
@@ -93,6 +95,7 @@ def forward(
         scale=scale,
         has_initial=initial_state is not None,
         has_final=output_final_state,
+        scalar_gate=scalar_gate,
         interpret=interpret is not None,
     )
     out_type = [jax.ShapeDtypeStruct((batch, padded_time, heads, widths[1]), v.dtype)]
@@ -105,7 +108,7 @@ def forward(
         grid_names=("batch", "head", "part"),
         num_threads=config.threads,
         thread_name="role",
-        scratch_types=[scratch(config, q.dtype)],
+        scratch_types=[scratch(config, q.dtype, scalar_gate)],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers),
         interpret=interpret,
     )
@@ -114,12 +117,15 @@ def forward(
     return o, state[0][:, :, :key_size, :value_size] if output_final_state else None
 
 
-def _per_channel(g, k):
+def _sums_of_chunks(g, k):
+    """[b, hk, t]: a gate a token summed up inside each chunk, in float32; zeros for no gate."""
+    batch, time, heads = k.shape[:3]
+    chunks = -(-time // CHUNK)
     if g is None:
-        return jnp.zeros_like(k)
-    if g.ndim == 3:
-        g = jnp.broadcast_to(g[..., None], k.shape)
-    return g.astype(k.dtype)
+        return jnp.zeros((batch, heads, chunks * CHUNK), jnp.float32)
+    g = jnp.maximum(jnp.moveaxis(g, 1, 2).astype(jnp.float32), FLOOR)
+    g = jnp.pad(g, ((0, 0), (0, 0), (0, chunks * CHUNK - time)))
+    return jnp.cumsum(g.reshape(batch, heads, chunks, CHUNK), axis=-1).reshape(batch, heads, chunks * CHUNK)
 
 
 def _pad(x, first, second, axes=(1, 3)):

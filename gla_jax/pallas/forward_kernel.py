@@ -3,7 +3,7 @@
 Three roles, each a warpgroup or two, work on neighbouring chunks of 64 tokens at the same time:
 
 - the loader brings q, k, g and v of a chunk into a ring of stages, and zeros past the end of the sequence;
-- the gaters (gating.py) turn q, k and g into q~, k~, the scores A and the factors of the state;
+- the gaters (gating.py, scalar_gating.py) turn q, k and g into q~, k~, the scores A and the factors of the state;
 - the matmul warpgroups, 64 columns of v each, hold the state in registers:
   o = scale * (q~ (read * S) + A v), S' = post * (keep * S + k~^T v). `post` is applied with the next chunk's factors.
 
@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas import gating
 from gla_jax.pallas.gating import CHUNK
+from gla_jax.pallas.scalar_gating import gate_chunk_by_token
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
@@ -31,14 +32,14 @@ def _set_registers(config, registers):
     plgpu.set_max_registers(registers, action=config.action(registers))
 
 
-def scratch(config, dtype):
+def scratch(config, dtype, scalar_gate):
     """Shared memory and barriers of one block, by name."""
     blocks, stages = config.key_blocks, config.stages
     tile = (CHUNK, CHUNK)
     return {
         "q": _tile((stages, blocks, *tile), dtype),
         "k": _tile((stages, blocks, *tile), dtype),
-        "g": _tile((stages, blocks, *tile), dtype),
+        "g": plgpu.SMEM((stages, CHUNK), jnp.float32) if scalar_gate else _tile((stages, blocks, *tile), dtype),
         "v": _tile((stages, config.matmul_groups, *tile), dtype),
         "scores": _tile((stages, config.block_gaters, *tile), dtype),
         "factors": plgpu.SMEM((stages, 3, blocks, CHUNK), jnp.float32),
@@ -47,15 +48,18 @@ def scratch(config, dtype):
         "zero": plgpu.SMEM((config.gaters, 8), jnp.int32),
         "state": _tile((config.matmul_groups, blocks, *tile), dtype),
         "o": _tile((config.matmul_groups, *tile), dtype),
-        "loaded": plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=stages),
+        "loaded": plgpu.Barrier(num_arrivals=2 * blocks + (1 if scalar_gate else blocks), num_barriers=stages),
         "v_loaded": plgpu.Barrier(num_arrivals=config.matmul_groups, num_barriers=stages),
         "gated": plgpu.Barrier(num_arrivals=config.block_gaters, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=config.matmul_groups, num_barriers=stages),
     }
 
 
-def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, interpret=False):
-    """The body; refs are q, k, v, g, [initial state], o, [final state], then the scratch."""
+def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, scalar_gate, interpret):
+    """The body; refs are q, k, v, g, [initial state], o, [final state], then the scratch.
+
+    g is [b, t, hk, k], or with `scalar_gate` [b, hk, t]: float32 and already summed up inside each chunk.
+    """
     refs = list(refs)
     s = refs.pop()
     q, k, v, g = refs[:4]
@@ -91,8 +95,9 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     def _gate():
         _set_registers(config, config.gate_registers)
         gater = warpgroup - first_gater
-        s["zero"][gater, 0] = jnp.int32(0)
-        gating.write_triangle(s["triangle"].at[gater])
+        if not scalar_gate:
+            s["zero"][gater, 0] = jnp.int32(0)
+            gating.write_triangle(s["triangle"].at[gater])
         own = config.key_blocks // config.block_gaters
         share = lax.rem(gater, jnp.int32(config.block_gaters))
         turn = lax.div(gater, jnp.int32(config.block_gaters))
@@ -103,17 +108,13 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
             n = i * turns + turn
             slot = stage(n)
             plgpu.barrier_wait(s["loaded"].at[slot])
-            gating.gate_chunk(
-                s["q"].at[slot, mine],
-                s["k"].at[slot, mine],
-                s["g"].at[slot, mine],
-                s["scores"].at[slot, pl.ds(share, 1)],
-                s["factors"].at[slot, :, mine],
-                s["triangle"].at[pl.ds(gater, 1)],
-                s["rows"].at[gater],
-                s["zero"].at[gater],
-                config.mild,
-            )
+            q, k = s["q"].at[slot, mine], s["k"].at[slot, mine]
+            scores, factors = s["scores"].at[slot, pl.ds(share, 1)], s["factors"].at[slot, :, mine]
+            if scalar_gate:
+                gate_chunk_by_token(q, k, s["g"].at[slot], scores, factors, s["rows"].at[gater, 0])
+            else:
+                triangle, rows, zero = s["triangle"].at[pl.ds(gater, 1)], s["rows"].at[gater], s["zero"].at[gater]
+                gating.gate_chunk(q, k, s["g"].at[slot, mine], scores, factors, triangle, rows, zero, config.mild)
             plgpu.barrier_arrive(s["gated"].at[slot])
 
         lax.fori_loop(jnp.int32(0), lax.div(chunks - turn + turns - 1, jnp.int32(turns)), chunk, None)
@@ -131,9 +132,12 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
 
             tokens = pl.ds(n * CHUNK, CHUNK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
+            if scalar_gate:
+                copy(g.at[batch, kv_head, tokens], s["g"].at[slot], s["loaded"].at[slot])
             for i in range(config.key_blocks):
                 channels = pl.ds(i * CHUNK, CHUNK)
-                copy(g.at[batch, tokens, kv_head, channels], s["g"].at[slot, i], s["loaded"].at[slot])
+                if not scalar_gate:
+                    copy(g.at[batch, tokens, kv_head, channels], s["g"].at[slot, i], s["loaded"].at[slot])
                 copy(q.at[batch, tokens, head, channels], s["q"].at[slot, i], s["loaded"].at[slot])
                 copy(k.at[batch, tokens, kv_head, channels], s["k"].at[slot, i], s["loaded"].at[slot])
             for i in range(config.matmul_groups):

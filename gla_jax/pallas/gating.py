@@ -42,7 +42,9 @@ def _iotas():
     return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
 
 
-def _matmul(pairs, m=CHUNK, n=CHUNK):
+def matmul(pairs, m=CHUNK, n=CHUNK):
+    """The sum of the products of pairs of tiles, [m, n] in float32."""
+
     def run(acc):
         for a, b in pairs:
             plgpu.wgmma(acc, a, b)
@@ -51,7 +53,8 @@ def _matmul(pairs, m=CHUNK, n=CHUNK):
     return pl.run_scoped(run, plgpu.ACC((m, n), jnp.float32))
 
 
-def _load(ref):
+def load(ref):
+    """A tile in the accumulators' layout, in float32."""
     return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
@@ -62,12 +65,14 @@ def write_triangle(triangle):
     plgpu.commit_smem()
 
 
-def _lower(a):
+def lower(a):
+    """The lower triangle of a [64, 64] tile, zeros above it whatever is there."""
     rows, columns = _iotas()
     return jnp.where(rows >= columns, a, 0.0)
 
 
-def _along_rows(x):
+def along_rows(x):
+    """[64, 64] with x[i] all along row i."""
     return lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
 
 
@@ -121,7 +126,7 @@ def gate_chunk(q, k, g, scores, factors, triangle, rows, zero, mild):
             for j in range(3):
                 factors[j, i] = factor
         a = _scale_and_score(q, k, g, triangle, e)
-        scores[0] = _lower(a).astype(scores.dtype)
+        scores[0] = lower(a).astype(scores.dtype)
 
     @pl.when(jnp.logical_not(is_mild))
     def _strong():
@@ -138,29 +143,29 @@ def _scale_and_score(q, k, g, triangle, e):
         def run(following, i=i, e=e):
             if i + 1 < blocks:
                 plgpu.wgmma(following, triangle.at[0], g.at[i + 1])
-            scaled_q = (_load(q.at[i]) * jnp.exp(e)).astype(q.dtype)
-            scaled_k = (_load(k.at[i]) * jnp.exp(-e)).astype(k.dtype)
+            scaled_q = (load(q.at[i]) * jnp.exp(e)).astype(q.dtype)
+            scaled_k = (load(k.at[i]) * jnp.exp(-e)).astype(k.dtype)
             q[i] = scaled_q
             k[i] = scaled_k
             return following[...] if i + 1 < blocks else e
 
         e = pl.run_scoped(run, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
     plgpu.commit_smem()
-    return _matmul([(q.at[i], k.at[i].T) for i in range(blocks)])
+    return matmul([(q.at[i], k.at[i].T) for i in range(blocks)])
 
 
 def _gate_with_resets(q, k, g, scores, factors, triangle, rows, zero, mild):
     blocks = q.shape[0]
     z = zero[0]
-    highest = jnp.max(_load(g.at[z]), axis=1)
+    highest = jnp.max(load(g.at[z]), axis=1)
     for i in range(1, blocks):
-        highest = jnp.maximum(highest, jnp.max(_load(g.at[i + z]), axis=1))
+        highest = jnp.maximum(highest, jnp.max(load(g.at[i + z]), axis=1))
     reset = jnp.where(highest <= FLOOR, 1.0, 0.0)
     # Has a barrier: every warp has read what it needs of g, and no wgmma reads it any more.
     resets = _reduce(jnp.sum, reset, rows.at[1])
     for i in range(blocks):
-        g[i + z] = jnp.maximum(jnp.where(_along_rows(reset) > 0, 0.0, _load(g.at[i + z])), FLOOR).astype(g.dtype)
-    scores[z] = _along_rows(reset).astype(scores.dtype)
+        g[i + z] = jnp.maximum(jnp.where(along_rows(reset) > 0, 0.0, load(g.at[i + z])), FLOOR).astype(g.dtype)
+    scores[z] = along_rows(reset).astype(scores.dtype)
     plgpu.commit_smem()
     e, halves = _centre(triangle, g)
     is_mild = (_least(halves, rows.at[2]) >= -0.5 * mild) & (resets > 0)
@@ -172,7 +177,7 @@ def _gate_with_resets(q, k, g, scores, factors, triangle, rows, zero, mild):
     @pl.when(jnp.logical_not(is_mild))
     def _levels():
         for i in range(blocks):
-            g[i + z] = jnp.where(_along_rows(reset) > 0, FLOOR, _load(g.at[i + z])).astype(g.dtype)
+            g[i + z] = jnp.where(along_rows(reset) > 0, FLOOR, load(g.at[i + z])).astype(g.dtype)
         plgpu.commit_smem()
         _gate_by_levels(q, k, g, scores, factors, triangle, zero)
 
@@ -181,18 +186,18 @@ def _gate_around_resets(q, k, g, scores, factors, triangle, zero, e, halves, res
     """Gates a chunk whose resets are rows of ones in `scores` and rows of zeros in g."""
     z = zero[0]
     # Row i: how many resets come up to token i, less half of all.
-    count = jnp.max(_matmul([(triangle.at[z], scores.at[z])], n=CHUNK), axis=1)
+    count = jnp.max(matmul([(triangle.at[z], scores.at[z])], n=CHUNK), axis=1)
     a = _scale_and_score(q, k, g, triangle, e)
-    same = _along_rows(count) == _matmul([(scores.at[z].T, triangle.at[z].T)])
+    same = along_rows(count) == matmul([(scores.at[z].T, triangle.at[z].T)])
     plgpu.commit_smem()
     z = zero[0]
-    scores[z] = jnp.where(same, _lower(a), 0.0).astype(scores.dtype)
-    after_first = _along_rows(jnp.where(count > 0.25 - 0.5 * resets, 0.0, 1.0))
-    after_last = _along_rows(jnp.where(count < 0.5 * resets - 0.25, 0.0, 1.0))
+    scores[z] = jnp.where(same, lower(a), 0.0).astype(scores.dtype)
+    after_first = along_rows(jnp.where(count > 0.25 - 0.5 * resets, 0.0, 1.0))
+    after_last = along_rows(jnp.where(count < 0.5 * resets - 0.25, 0.0, 1.0))
     nothing = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     for i, half in enumerate(halves):
-        q[i + z] = (_load(q.at[i + z]) * after_first).astype(q.dtype)
-        k[i + z] = (_load(k.at[i + z]) * after_last).astype(k.dtype)
+        q[i + z] = (load(q.at[i + z]) * after_first).astype(q.dtype)
+        k[i + z] = (load(k.at[i + z]) * after_last).astype(k.dtype)
         factors[0, i + z] = jnp.exp(half)
         factors[1, i + z] = nothing
         factors[2, i + z] = jnp.exp(half)
@@ -201,7 +206,7 @@ def _gate_around_resets(q, k, g, scores, factors, triangle, zero, e, halves, res
 def _gate_by_levels(q, k, g, scores, factors, triangle, zero):
     blocks = q.shape[0]
     rows, columns = _iotas()
-    a = _matmul([(q.at[i], k.at[i].T) for i in range(blocks)])
+    a = matmul([(q.at[i], k.at[i].T) for i in range(blocks)])
     a = jnp.where(rows == columns, a, 0.0)
 
     # Indices read from memory keep addresses from being computed, and spilled, ahead of the loop.
@@ -217,13 +222,13 @@ def _gate_by_levels(q, k, g, scores, factors, triangle, zero):
         plgpu.commit_smem()
         for i in range(blocks):
             z = zero[0]
-            decay = jnp.exp(_matmul([(triangle.at[z], g.at[i + z])]))
-            x = jnp.where(right, _load(q.at[i + z]), _load(k.at[i + z])) * decay
+            decay = jnp.exp(matmul([(triangle.at[z], g.at[i + z])]))
+            x = jnp.where(right, load(q.at[i + z]), load(k.at[i + z])) * decay
             if i:
                 plgpu.commit_smem()
             scores[z] = x.astype(scores.dtype)
             plgpu.commit_smem()
-            a += jnp.where(right & (row_half == column_half + 1), _matmul([(scores.at[z], scores.at[z].T)]), 0.0)
+            a += jnp.where(right & (row_half == column_half + 1), matmul([(scores.at[z], scores.at[z].T)]), 0.0)
         return a
 
     a = lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, a)
@@ -235,7 +240,7 @@ def _gate_by_levels(q, k, g, scores, factors, triangle, zero):
     scores[z] = a.astype(scores.dtype)
     for i in range(blocks):
         z = zero[0]
-        k[i + z] = (_load(k.at[i + z]) * jnp.exp(_matmul([(triangle.at[z], g.at[i + z])]))).astype(k.dtype)
+        k[i + z] = (load(k.at[i + z]) * jnp.exp(matmul([(triangle.at[z], g.at[i + z])]))).astype(k.dtype)
     plgpu.commit_smem()
     z = zero[0]
     triangle[z] = jnp.where(columns <= rows, 1.0, 0.0).astype(triangle.dtype)
@@ -243,9 +248,9 @@ def _gate_by_levels(q, k, g, scores, factors, triangle, zero):
     one = plgpu.layout_cast(jnp.ones((CHUNK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     for i in range(blocks):
         z = zero[0]
-        q[i + z] = (_load(q.at[i + z]) * jnp.exp(_matmul([(triangle.at[z], g.at[i + z])]))).astype(q.dtype)
+        q[i + z] = (load(q.at[i + z]) * jnp.exp(matmul([(triangle.at[z], g.at[i + z])]))).astype(q.dtype)
         factors[0, i + z] = one
-        factors[1, i + z] = jnp.exp(jnp.min(_matmul([(g.at[i + z].T, triangle.at[z, _LAST].T)], n=8), axis=1))
+        factors[1, i + z] = jnp.exp(jnp.min(matmul([(g.at[i + z].T, triangle.at[z, _LAST].T)], n=8), axis=1))
         factors[2, i + z] = one
     plgpu.commit_smem()
     write_triangle(triangle.at[z])

@@ -54,13 +54,21 @@ def test_float16(kind):
     check(interpreted, kind, 1, 130, 1, 1, 64, 64, dtype="float16")
 
 
-def test_gate_kinds_and_no_states():
-    q, k, v, g, _ = arguments("mild", 1, 70, 1, 64, 64, gate_dtype="float32")
-    zeros = np.zeros((1, 1, 64, 64))
-    for gate in (None, g[..., 0]):
-        o, final = interpreted(q, k, v, gate, 1.0)
-        assert final is None
-        assert relative(o, recurrence(q, k, v, gate, 1.0, zeros)[0]) < 5e-3
+@pytest.mark.parametrize("shape", [(1, 70, 1, 64, 64), (1, 100, 1, 128, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
+def test_a_gate_a_token(kind, shape):
+    q, k, v, g, state = arguments(kind, *shape, gate_dtype="float32")
+    o, final = interpreted(q, k, v, g[..., 0], 0.5, state, True)
+    want = recurrence(q, k, v, g[..., 0], 0.5, state)
+    assert relative(o, want[0]) < 5e-3
+    assert relative(final, want[1]) < 5e-3
+
+
+def test_no_gate_and_no_states():
+    q, k, v, _, state = arguments("mild", 1, 70, 1, 64, 64)
+    o, final = interpreted(q, k, v, None, 1.0)
+    assert final is None
+    assert relative(o, recurrence(q, k, v, None, 1.0, 0 * state)[0]) < 5e-3
 
 
 @pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float16", True)])
@@ -72,6 +80,14 @@ def test_lowers_for_an_h100(shape, dtype, states):
     f = lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, states)
     lowered = lower_for_h100(f, wide, wide, values, wide, state)
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_a_gate_a_token_lowers(shape):
+    b, t, h, k, v = shape
+    wide, values = (jax.ShapeDtypeStruct((b, t, h, n), "bfloat16") for n in (k, v))
+    gate = jax.ShapeDtypeStruct((b, t, h), "float32")
+    lower_for_h100(lambda q, k, v, g: forward(q, k, v, g, 1.0), wide, wide, values, gate)
 
 
 def test_lowers_with_64_bit_types():
@@ -110,6 +126,17 @@ def test_config_is_checked():
 @pytest.mark.parametrize("kind", GATES)
 def test_on_the_gpu(kind, shape, dtype):
     check(jax.jit(forward, static_argnums=(4, 6)), kind, *shape, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", GATES)
+def test_a_gate_a_token_on_the_gpu(kind):
+    for shape in ((2, 1000, 4, 64, 128), (2, 300, 2, 128, 256), (2, 300, 60, 128, 128)):
+        q, k, v, g, state = arguments(kind, *shape, gate_dtype="float32")
+        o, final = jax.jit(forward, static_argnums=(4, 6))(q, k, v, g[..., 0], 1.0, state, True)
+        want = recurrence(q, k, v, g[..., 0], 1.0, state)
+        assert relative(o, want[0]) < 5e-3
+        assert relative(final, want[1]) < 5e-3
 
 
 @pytest.mark.gpu
