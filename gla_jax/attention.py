@@ -1,6 +1,5 @@
 """gated_linear_attention: checks the arguments, brings every gate kind to one form, and picks an implementation."""
 
-import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -8,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gla_jax import checks, pallas, segments
+from gla_jax import checks, segments
 from gla_jax.array_types import Array, Gate, Ids, Int, Key, Query, State, Value
 from gla_jax.chunked import chunked, plan
-from gla_jax.mesh import runs_on_one_device, shard_by_arguments, vary_alike
+from gla_jax.mesh import shard_by_arguments, vary_alike
 from gla_jax.reference import recurrence
 
-Implementation = Literal["mosaic_gpu", "xla", "reference"]
+Implementation = Literal["xla", "reference"]
 
 
 def gated_linear_attention(
@@ -56,9 +55,8 @@ def gated_linear_attention(
         of the only batch row (b = 1). Each has its own initial and final state. Rows past the last give 0.
       reverse: run from the last token to the first, in each sequence: initial_state enters at the right end and the
         final state leaves at the left.
-      implementation: "mosaic_gpu" (a kernel for the forward on Hopper GPUs), "xla" (chunkwise, every backend) or
-        "reference" (token by token); a sequence of names takes the first that supports the call, None the best.
-        `which_implementation` says which that is.
+      implementation: "xla" (chunkwise, every backend) or "reference" (token by token); a sequence of names takes the
+        first that supports the call, None the best. `which_implementation` says which that is.
 
     Returns:
       o [b, t, h, v] of v's dtype, and the final state [b or n, hk, k, v] (float32, or float64 for float64) or None.
@@ -157,36 +155,6 @@ def _run(name, options, q, k, v, g):
     return o, state if output_final_state else None
 
 
-def _why_not_mosaic_gpu(q, k, v, g, options) -> str | None:
-    if g is not None and g.dtype != q.dtype:
-        return f"it takes gates of q's dtype {q.dtype}, and g is {g.dtype}"
-    if not runs_on_one_device(q):
-        return "with several devices it runs a shard each, under Explicit mesh axes or shard_map alone"
-    stateful = options.initial_state is not None or options.output_final_state
-    return pallas.why_unsupported(q, k, v, g, own_states=options.cu_seqlens is not None and stateful)
-
-
-def _mosaic_gpu(q, k, v, g, state, scale, cu):
-    return _kernel_forward(scale, q, k, v, g, state)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernel_forward(scale, q, k, v, g, state):
-    return pallas.forward(q, k, v, g, scale, state, True)
-
-
-def _kernel_forward_fwd(scale, q, k, v, g, state):
-    return _kernel_forward(scale, q, k, v, g, state), (q, k, v, g, state)
-
-
-def _kernel_forward_bwd(scale, arguments, cotangents):
-    _, pull = jax.vjp(functools.partial(_xla, scale=scale, cu=None), *arguments)
-    return pull(cotangents)
-
-
-_kernel_forward.defvjp(_kernel_forward_fwd, _kernel_forward_bwd)
-
-
 def _why_not_xla(q, k, v, g, options) -> str | None:
     if q.dtype == jnp.float64:
         return "it computes in float32 at most, and q is float64"
@@ -220,7 +188,6 @@ def _reference(q, k, v, g, state, scale, cu):
 
 # In order of preference: why it does not support a call, and the call itself.
 _IMPLEMENTATIONS = {
-    "mosaic_gpu": (_why_not_mosaic_gpu, _mosaic_gpu),
     "xla": (_why_not_xla, _xla),
     "reference": (_why_not_reference, _reference),
 }
