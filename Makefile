@@ -16,12 +16,12 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
-	$(BIN)/pytest -m "not large and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/pytest -n 2 -m "not large and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: test large
 
 large: $(READY)
-	$(BIN)/pytest -m "large and not gpu"
+	$(BIN)/pytest -n 2 -m "large and not gpu"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
