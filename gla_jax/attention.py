@@ -93,7 +93,7 @@ def which_implementation(
     initial_state: State | jax.ShapeDtypeStruct | None = None,
     output_final_state: bool = False,
     segment_ids: Ids | jax.ShapeDtypeStruct | None = None,
-    cu_seqlens: Int[Array, "n1"] | jax.ShapeDtypeStruct | None = None,
+    cu_seqlens: Int[Array | np.ndarray, "n1"] | jax.ShapeDtypeStruct | None = None,
     reverse: bool = False,
 ) -> Choice:
     """Says which implementation `gated_linear_attention` takes for these arguments, and why not the others.
@@ -103,6 +103,8 @@ def which_implementation(
     Raises:
       ValueError: as the op itself.
     """
+    q, k, v, g, initial_state = checks.as_jax(q, k, v, g, initial_state)
+    segment_ids, cu_seqlens = checks.as_jax(segment_ids, cu_seqlens)
     options = checks.Options(scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
     checks.check_call(q, k, v, g, options)
     reasons = {name: why(q, k, v, g, options) for name, (why, _) in _IMPLEMENTATIONS.items()}
@@ -113,12 +115,13 @@ def which_implementation(
 def _pick(wanted, q, k, v, g, options) -> str:
     if wanted is None:
         wanted = tuple(_IMPLEMENTATIONS)
-    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    names = (wanted,) if isinstance(wanted, str) or not isinstance(wanted, Sequence) else tuple(wanted)
+    unknown = [name for name in names if name not in _IMPLEMENTATIONS]
+    if unknown or not names:
+        allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be None, of {allowed}, or a sequence of these, got {wanted!r}")
     refusals = []
     for name in names:
-        if name not in _IMPLEMENTATIONS:
-            allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
-            raise ValueError(f"implementation must be None or of {allowed}, got {name!r}")
         why, _ = _IMPLEMENTATIONS[name]
         reason = why(q, k, v, g, options)
         if reason is None:
@@ -130,6 +133,7 @@ def _pick(wanted, q, k, v, g, options) -> str:
 def _run(name, options, q, k, v, g):
     """The call with gates, segments and direction brought to the form that implementations read."""
     scale, state, output_final_state, ids, cu, reverse = options
+    cu = None if cu is None else cu.astype(jnp.int32)
     if g is not None and g.ndim == 1:
         g = jnp.broadcast_to(g, k.shape[:3])
     if reverse:

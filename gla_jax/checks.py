@@ -1,5 +1,6 @@
 """What gated_linear_attention and its step accept: a refusal names the argument, what was given and what is allowed."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,8 @@ class Options(NamedTuple):
     reverse: bool
 
     def with_scale(self, key_dim: int) -> "Options":
-        """These options with the scale's default put in."""
-        return self if self.scale is not None else self._replace(scale=key_dim**-0.5)
+        """These options with the scale as a Python number, its default put in."""
+        return self._replace(scale=key_dim**-0.5 if self.scale is None else float(self.scale))
 
 
 def as_jax(*arguments: Any) -> Any:
@@ -140,8 +141,12 @@ def _check_state(name, state, letter: str, shape: tuple[int, ...], dtype) -> Non
 
 
 def _check_scale(scale) -> None:
-    if scale is not None and not isinstance(scale, int | float):
+    if scale is None:
+        return
+    if not isinstance(scale, int | float | np.floating | np.integer):
         raise ValueError(f"scale must be a Python number or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
 
 
 def _check_integers(name, x) -> None:

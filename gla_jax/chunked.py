@@ -288,7 +288,7 @@ def _vector_backward(how, residuals, cotangents):
         dk = dk + _in_left_halves(dkeys * left)
         net = net + _in_right_halves(jnp.sum(dqueries * queries, 3)) - _in_left_halves(dkeys * keys)
     dq, dk, net, written = _keep((dq, dk, net, written))
-    later = jnp.triu(jnp.ones((g.shape[-2],) * 2))
+    later = jnp.triu(jnp.ones((g.shape[-2],) * 2, net.dtype))
     sums, tokens = jnp.concatenate([later, 1 - later], -1), jnp.concatenate([net, written], -2)
     dg = jnp.einsum("ij,nbhjk->nbhik", sums, tokens, precision=jax.lax.Precision.HIGHEST) + dtotal.swapaxes(-1, -2)
     return dq, dk, jnp.where(g == -jnp.inf, 0, dg)

@@ -1,6 +1,7 @@
 """The command `gla-jax`: reads flags, calls the library, prints."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,20 @@ class SampleConfig:
     seed: int = 0
     """Of the draws."""
 
+    def check(self) -> None:
+        """Raises an InputError for a value out of its range."""
+        for name, holds, allowed in (
+            ("length", self.length >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1"),
+        ):
+            if not holds:
+                given = getattr(self, name.replace("-", "_"))
+                raise InputError(f"argument --{name}: must be {allowed}, got {given!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
+            raise InputError("argument PROMPT: must be UTF-8 text")
+
 
 def _train(config: TrainConfig) -> None:
     result = train(config)
@@ -43,8 +58,9 @@ def _train(config: TrainConfig) -> None:
 
 
 def _sample(config: SampleConfig) -> None:
-    print(config.prompt, end="", flush=True)
+    config.check()
     model = load_model(config.run)
+    print(config.prompt, end="", flush=True)
     options = {"length": config.length, "temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
     _print_stream(continue_text(model, config.prompt, **options))
 
@@ -78,8 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"gla-jax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the text wants no more of it
+        sys.stderr.close()
+    except OSError as error:
+        print(f"gla-jax: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; `gla-jax train` goes on from the last checkpoint when called again", file=sys.stderr)
         return 130
     return 0
 

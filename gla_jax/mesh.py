@@ -1,5 +1,6 @@
 """Sharded calls: on Explicit mesh axes a call runs on each shard of batch and heads by itself."""
 
+import math
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ def shard_by_arguments(run, name, options, q, k, v, g):
     On Auto axes nothing is done: the partitioner cuts the plain form along batch and heads by itself.
 
     Raises:
-      ValueError: time, k or v is sharded on an Explicit axis.
+      ValueError: time, k or v is sharded on an Explicit axis, or q's heads are in more parts than hk has.
     """
     mesh = jax.typeof(q).sharding.mesh
     explicit = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
@@ -40,6 +41,12 @@ def shard_by_arguments(run, name, options, q, k, v, g):
         batch, _, heads, _ = specs["q"]
     if batch is None and heads is None:
         return run(name, options, q, k, v, g)
+    parts = math.prod(mesh.shape[axis] for axis in _names(heads))
+    if k.shape[2] % parts:
+        raise ValueError(
+            f"q's heads are sharded in {parts} parts, and k's and v's {k.shape[2]} cannot be; "
+            "shard q's over fewer, or repeat k and v"
+        )
 
     P = PartitionSpec
     tokens = P(batch, None, heads, None)

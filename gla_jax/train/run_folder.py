@@ -86,4 +86,7 @@ def _claim(folder: Path, config: TrainConfig, corpus_sha256: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError("it is no JSON object")
+    return fields
