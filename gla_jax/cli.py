@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
+try:
+    import tyro
 
-from gla_jax.train import InputError, TrainConfig, continue_text, load_model, train
+    from gla_jax.train import InputError, TrainConfig, continue_text, load_model, train
+except ModuleNotFoundError as error:
+    raise SystemExit(f"gla-jax: {error.name} is missing; install the extra that trains: gla_jax[train]") from None
 
 __all__ = ["main"]
 

@@ -397,3 +397,10 @@ def test_memory_of_a_long_call():
     assert ends >= 65536 * 4 * 2 * 2 * (256 * 3 + 512 * 2)
     peak = ends + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     assert peak <= 6 * ends, f"peak {peak / ends:.2f} times the arguments and results"
+
+
+def test_the_gate_s_gradient_keeps_its_dtype_in_x64():
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 4, 1, 2), jnp.float32)
+        dg = jax.grad(lambda g: gated_linear_attention(x, x, x, g)[0].sum())(-x)
+    assert dg.dtype == jnp.float32

@@ -61,4 +61,9 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "train", interrupted)
     assert cli.main(["train"]) == 130
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "`gla-jax train` goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_sample_names_the_flag_that_is_out_of_range(capsys):
+    assert cli.main(["sample", "nowhere", "To be", "--length", "0"]) == 2
+    assert capsys.readouterr().err == "gla-jax: argument --length: must be at least 1, got 0\n"

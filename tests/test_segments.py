@@ -255,3 +255,12 @@ def test_aligned_layout_holds_any_lengths():
             assert len(blocks) == -(-(cu[i + 1] - cu[i]) // 8)
             assert [b for b in blocks if layout.entries.blocks.first[b]] == list(blocks[:1])
             assert [b for b in blocks if layout.entries.blocks.last[b]] == list(blocks[-1:])
+
+
+def test_small_integers_in_cu_seqlens_do_not_overflow():
+    q, g = jnp.ones((1, 300, 1, 2)), jnp.full((1, 300, 1), -0.1)
+    cu = jnp.array([0, 40, 100])
+    for reverse in (False, True):
+        wide, _ = gated_linear_attention(q, q, q, g, cu_seqlens=cu, reverse=reverse)
+        narrow, _ = gated_linear_attention(q, q, q, g, cu_seqlens=cu.astype(jnp.int8), reverse=reverse)
+        np.testing.assert_array_equal(narrow, wide)
