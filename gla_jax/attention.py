@@ -127,7 +127,7 @@ def _pick(wanted, q, k, v, g, options) -> str:
         if reason is None:
             return name
         refusals.append(f"{name!r}: {reason}")
-    raise ValueError("implementation supports not this call; " + "; ".join(refusals))
+    raise ValueError("implementation: none of those named supports this call; " + "; ".join(refusals))
 
 
 def _run(name, options, q, k, v, g):
