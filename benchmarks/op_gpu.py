@@ -10,11 +10,14 @@ Milliseconds are medians of 7 repeats of 30 calls each. Bytes are one pass over 
 
 import argparse
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import json
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -23,10 +26,13 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from gla_jax.pallas import forward
-from gla_jax.pallas.config import ForwardConfig, choose_forward
+from gla_jax.pallas.config import choose_forward
 
 # (b, t, h, k, v) and the milliseconds to reach (issue 3).
 BARS = {
+    (8, 2048, 4, 256, 512): 0.12,
+    (32, 1024, 4, 256, 512): 0.22,
+    (1, 16384, 4, 256, 512): 0.16,
     (8, 2048, 16, 128, 128): 0.13,
     (32, 1024, 16, 128, 128): 0.25,
     (2, 8192, 16, 64, 128): 0.13,
@@ -34,11 +40,6 @@ BARS = {
 }
 # The gates, and the most they may cost as a multiple of the mild ones.
 GATES = {"logsigmoid": 1.05, "resets": 1.4, "tenth": 1.6, "packed": 1.15, "a token": 1.0, "all strong": None}
-TUNE = {
-    (8, 2048, 16, 128, 128): [ForwardConfig(2, 2, 1, 1, 2, 152, 184), ForwardConfig(2, 1, 2, 2, 2, 152, 168)],
-    (2, 8192, 16, 64, 128): [ForwardConfig(1, 1, 1, 1, 4, 152, 200), ForwardConfig(1, 2, 2, 1, 2, 104, 120)],
-    (8, 2048, 4, 128, 256): [ForwardConfig(2, 1, 1, 1, 2, 168, 200), ForwardConfig(2, 2, 1, 1, 2, 144, 200)],
-}
 GROUPS = ("ceilings", "check", "bars", "gates", "bits", "tune")
 LIMIT_S = 90
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -120,14 +121,14 @@ def run_ceilings(lower):
     yield "copy", {"TB/s": 4 * x.size / milliseconds(lambda x: x + 1, x, calls=10) / 1e9}
     a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
     yield "matmul", {"TFLOP/s": 2 * 8192**3 / milliseconds(lambda a: a @ a, a, calls=10) / 1e9}
-    for b, t in ((8, 2048), (32, 1024)):
+    for b, t in ((32, 1024), (8, 2048), (2, 8192), (1, 16384)):
         q = jax.random.normal(jax.random.key(0), (b, t, 16, 128), jnp.bfloat16)
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         yield f"cuDNN attention {(b, t, 16, 128)}", {"ms": milliseconds(attend, q, q, q)}
 
 
 def run_check(lower):
-    for k, v in ((64, 128), (128, 128), (128, 256)):
+    for k, v in ((64, 128), (128, 128), (128, 256), (256, 512)):
         for kind in ("mild", *GATES):
             if lower:
                 yield f"{k}x{v} {kind}", timed((2, 1000, 4, k, v), kind, lower=True)
@@ -142,7 +143,7 @@ def run_check(lower):
 def run_bits(lower):
     if lower:
         return
-    for k, v in ((64, 128), (128, 128), (128, 256)):
+    for k, v in ((64, 128), (128, 128), (128, 256), (256, 512)):
         for kind in ("mild", "resets", "tenth"):
             args = small(kind, k, v, 2000)
             f = jax.jit(lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True))
@@ -158,7 +159,7 @@ def run_bars(lower):
 
 
 def run_gates(lower):
-    for shape in BARS:
+    for shape in list(BARS)[3:]:
         mild = timed(shape, lower=lower)
         for kind, most in GATES.items():
             result = timed(shape, kind, lower=lower)
@@ -167,16 +168,26 @@ def run_gates(lower):
 
 
 def run_tune(lower):
-    for shape, others in TUNE.items():
+    for shape in BARS:
         b, _, h, k, v = shape
         chosen = choose_forward(k, v, b * h, jnp.dtype(jnp.bfloat16))
-        for config in (chosen, dataclasses.replace(chosen, auto_barriers=False), *others):
-            yield f"{shape} {config}", timed(shape, config=config, lower=lower)
+        less_g = dataclasses.replace(chosen, g_slots=chosen.g_slots // 2)
+        more_v = dataclasses.replace(chosen, v_slots=chosen.v_slots + 1)
+        for config in (chosen, dataclasses.replace(chosen, auto_barriers=True), less_g, more_v):
+            try:
+                yield f"{shape} {config}", timed(shape, config=config, lower=lower)
+            except ValueError as error:
+                yield f"{shape} {config}", {"refused": str(error)}
 
 
 def run_group(group, lower):
     for name, result in globals()[f"run_{group}"](lower):
         print(json.dumps({"group": group, "name": name} | result), flush=True)
+
+
+def show(line):
+    numbers = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in line.items())
+    print(", ".join(numbers), flush=True)
 
 
 def main():
@@ -194,22 +205,25 @@ def main():
     for group in options.groups or GROUPS:
         command = [sys.executable, __file__, group, "--here"] + ["--lower"] * options.lower
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                printed, _ = process.communicate(timeout=LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                printed, _ = process.communicate()
-        lines += [json.loads(line) for line in printed.splitlines()]
+            limit = threading.Timer(LIMIT_S, process.kill)
+            limit.start()
+            for text in process.stdout or ():
+                lines.append(json.loads(text))
+                show(lines[-1])
+            limit.cancel()
         if process.returncode:
             lines.append({"group": group, "name": "FAILED or hung", "exit status": process.returncode})
-    for line in lines:
-        numbers = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in line.items())
-        print(", ".join(numbers))
+            show(lines[-1])
     if options.out:
-        device = "lowered only" if options.lower else jax.devices()[0].device_kind
-        options.out.write_text(
-            json.dumps({"device": device, "jax": jax.__version__, "results": lines}, indent=1) + "\n"
-        )
+        report = {
+            "what": "op_gpu",
+            "command": f"python benchmarks/op_gpu.py {' '.join(options.groups)}",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": "lowered only" if options.lower else jax.devices()[0].device_kind,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+            "results": lines,
+        }
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """gated_linear_attention: checks the arguments, brings every gate kind to one form, and picks an implementation."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -7,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gla_jax import checks, segments
+from gla_jax import checks, pallas, segments
 from gla_jax.array_types import Array, Gate, Ids, Int, Key, Query, State, Value
 from gla_jax.chunked import chunked, plan
-from gla_jax.mesh import shard_by_arguments, vary_alike
+from gla_jax.mesh import runs_on_one_device, shard_by_arguments, vary_alike
 from gla_jax.reference import recurrence
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
 
 
 def gated_linear_attention(
@@ -55,8 +56,9 @@ def gated_linear_attention(
         of the only batch row (b = 1). Each has its own initial and final state. Rows past the last give 0.
       reverse: run from the last token to the first, in each sequence: initial_state enters at the right end and the
         final state leaves at the left.
-      implementation: "xla" (chunkwise, every backend) or "reference" (token by token); a sequence of names takes the
-        first that supports the call, None the best. `which_implementation` says which that is.
+      implementation: "mosaic_gpu" (one kernel for the forward on Hopper GPUs, and "xla" for the gradients), "xla"
+        (chunkwise, every backend) or "reference" (token by token); a sequence of names takes the first that supports
+        the call, None the best. `which_implementation` says which that is.
 
     Returns:
       o [b, t, h, v] of v's dtype, and the final state [b or n, hk, k, v] (float32, or float64 for float64) or None.
@@ -146,17 +148,51 @@ def _run(name, options, q, k, v, g):
         cu, ids = None, segments.sequence_ids(cu, q.shape[1])
     if ids is not None:
         q, k, v, g = segments.reset_and_mask(q, k, v, g, ids)
-    if state is None:
-        sequences = q.shape[0] if cu is None else cu.shape[0] - 1
-        state = jnp.zeros((sequences, *k.shape[2:], v.shape[-1]), checks.state_dtype(q.dtype))
 
     _, run = _IMPLEMENTATIONS[name]
+    if state is None and name != "mosaic_gpu":
+        sequences = q.shape[0] if cu is None else cu.shape[0] - 1
+        state = jnp.zeros((sequences, *k.shape[2:], v.shape[-1]), checks.state_dtype(q.dtype))
     q, k, v, g, state = vary_alike((q, k, v, g, state))
-    o, state = run(q, k, v, g, state, scale, cu)
+    o, state = run(q, k, v, g, state, scale, cu, output_final_state)
     if reverse:
         o = jnp.flip(o, 1)
         state = state if cu is None else jnp.flip(state, 0)
     return o, state if output_final_state else None
+
+
+def _why_not_mosaic_gpu(q, k, v, g, options) -> str | None:
+    if not runs_on_one_device(q):
+        return "on several devices it runs on Explicit mesh axes or inside shard_map alone"
+    stateful = options.initial_state is not None or options.output_final_state
+    return pallas.why_unsupported(q, k, v, g, own_states=options.cu_seqlens is not None and stateful)
+
+
+def _mosaic_gpu(q, k, v, g, state, scale, cu, output_final_state):
+    return _kernel_forward(scale, output_final_state, q, k, v, g, state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel_forward(scale, output_final_state, q, k, v, g, state):
+    return pallas.forward(q, k, v, g, scale, state, output_final_state)
+
+
+def _kernel_forward_fwd(scale, output_final_state, *arguments):
+    return _kernel_forward(scale, output_final_state, *arguments), arguments
+
+
+def _kernel_forward_bwd(scale, output_final_state, arguments, cotangents):
+    def run(q, k, v, g, state):
+        if state is None:
+            state = jnp.zeros((*k.shape[:1], *k.shape[2:], v.shape[-1]), jnp.float32)
+        o, final = _xla(q, k, v, g, state, scale, None, output_final_state)
+        return o, final if output_final_state else None
+
+    _, pull = jax.vjp(run, *vary_alike(arguments))
+    return pull(cotangents)
+
+
+_kernel_forward.defvjp(_kernel_forward_fwd, _kernel_forward_bwd)
 
 
 def _why_not_xla(q, k, v, g, options) -> str | None:
@@ -165,7 +201,7 @@ def _why_not_xla(q, k, v, g, options) -> str | None:
     return None
 
 
-def _xla(q, k, v, g, state, scale, cu):
+def _xla(q, k, v, g, state, scale, cu, output_final_state):
     time, heads = k.shape[1:3]
     if cu is None:
         return chunked(q, k, v, g, state, scale, plan(q.shape[0], time, heads))
@@ -181,7 +217,7 @@ def _why_not_reference(q, k, v, g, options) -> str | None:
     return None
 
 
-def _reference(q, k, v, g, state, scale, cu):
+def _reference(q, k, v, g, state, scale, cu, output_final_state):
     if cu is None:
         return recurrence(q, k, v, g, state, scale)
     inside = segments.sequence_ids(cu, q.shape[1]) >= 0
@@ -192,6 +228,7 @@ def _reference(q, k, v, g, state, scale, cu):
 
 # In order of preference: why it does not support a call, and the call itself.
 _IMPLEMENTATIONS = {
+    "mosaic_gpu": (_why_not_mosaic_gpu, _mosaic_gpu),
     "xla": (_why_not_xla, _xla),
     "reference": (_why_not_reference, _reference),
 }

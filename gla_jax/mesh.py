@@ -7,6 +7,15 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 
+def runs_on_one_device(q) -> bool:
+    """Whether a call on q, cut along Explicit axes, runs on one device a shard: what a GPU kernel needs."""
+    mesh = jax.typeof(q).sharding.mesh if not isinstance(q, jax.ShapeDtypeStruct) else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return all(size == 1 for kind, size in sizes if kind == AxisType.Auto)
+
+
 def vary_alike(arrays: Any) -> Any:
     """Inside shard_map, each array made to vary over all axes that any of them varies over; elsewhere as it is."""
 

@@ -12,7 +12,7 @@ from gla_jax.pallas.config import WIDTH, ForwardConfig, choose_forward
 from gla_jax.pallas.forward_kernel import forward_kernel, scratch
 from gla_jax.pallas.gating import CHUNK, FLOOR
 
-LARGEST_KEY = 128
+LARGEST_KEY = 256
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -39,7 +39,8 @@ def why_unsupported(
     if own_states:
         return "it keeps one state a batch row, and cu_seqlens with states asks for one a sequence"
     if platform is None:
-        device = jax.devices()[0]
+        default = jax.config.jax_default_device
+        device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
         platform = "hopper" if getattr(device, "compute_capability", None) == "9.0" else device.platform
     if platform != "hopper":
         return f"it needs a Hopper GPU, and the device is {platform}"
@@ -61,10 +62,10 @@ def forward(
     """The gated scan S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in one Mosaic GPU kernel.
 
     Args:
-      q: [b, t, h, k], bfloat16 or float16, k at most 128.
+      q: [b, t, h, k], bfloat16 or float16, k at most 256.
       k, v: [b, t, hk, k] and [b, t, hk, v] of q's dtype.
-      g: log decay, [b, t, hk] or [b, t, hk, k], at most 0; -inf is a hard reset. None for no decay. A float32 gate a
-        channel is rounded to q's dtype, which moves a decay's exponent by at most 2^-9 of itself.
+      g: log decay, [b, t, hk] or [b, t, hk, k], at most 0, of q's dtype or float32; -inf is a hard reset. None for no
+        decay. A float32 gate a channel is given to the kernel as a sum of two of q's dtype.
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       output_final_state: whether to return the state after the last token.
@@ -76,12 +77,13 @@ def forward(
     """
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
-    scalar_gate = g is None or g.ndim == 3
-    config = config or choose_forward(key_size, value_size, batch * heads, q.dtype)
+    by_channel = g is not None and g.ndim == 4
+    gate_parts = 0 if g is None or g.ndim == 3 else 1 if g.dtype == q.dtype else 2
+    config = config or choose_forward(key_size, value_size, batch * heads, q.dtype, gate_parts == 2)
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
     widths = config.key_blocks * WIDTH, -(-value_size // config.value_width) * config.value_width
-    g = _sums_of_chunks(g, k) if g is None or g.ndim == 3 else _pad(g.astype(k.dtype), padded_time, widths[0])
+    g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if by_channel else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
     if initial_state is not None:
@@ -95,7 +97,7 @@ def forward(
         scale=scale,
         has_initial=initial_state is not None,
         has_final=output_final_state,
-        scalar_gate=scalar_gate,
+        gate_parts=gate_parts,
         interpret=interpret is not None,
     )
     out_type = [jax.ShapeDtypeStruct((batch, padded_time, heads, widths[1]), v.dtype)]
@@ -108,13 +110,24 @@ def forward(
         grid_names=("batch", "head", "part"),
         num_threads=config.threads,
         thread_name="role",
-        scratch_types=[scratch(config, q.dtype, scalar_gate)],
+        scratch_types=[scratch(config, q.dtype, gate_parts)],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers),
         interpret=interpret,
     )
     o, *state = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))
     o = o[:, :time, :, :value_size]
     return o, state[0][:, :, :key_size, :value_size] if output_final_state else None
+
+
+def _parts(g, dtype):
+    """[b, t, hk, parts, k] of `dtype`: g itself, or two numbers that sum up to a float32 one."""
+    if g.dtype == dtype:
+        return g[:, :, :, None]
+    # Far below FLOOR, and no infinity to subtract.
+    g = jnp.maximum(g, -16384.0)
+    info = jnp.finfo(dtype)
+    high = jax.lax.reduce_precision(g, info.nexp, info.nmant)
+    return jnp.stack([high.astype(dtype), (g - high).astype(dtype)], 3)
 
 
 def _sums_of_chunks(g, k):

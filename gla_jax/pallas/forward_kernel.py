@@ -1,10 +1,12 @@
 """The forward kernel: one block carries the state of one head and one slice of v over the whole sequence.
 
-Three roles, each a warpgroup or two, work on neighbouring chunks of 64 tokens at the same time:
+A tile is 64 tokens by 64 channels; a chunk is 64 tokens, k / 64 tiles. Three roles, each a warpgroup or two, work on
+neighbouring tiles at the same time:
 
-- the loader brings q, k, g and v of a chunk into a ring of stages, and zeros past the end of the sequence;
-- the gaters (gating.py, scalar_gating.py) turn q, k and g into q~, k~, the scores A and the factors of the state;
-- the matmul warpgroups, 64 columns of v each, hold the state in registers:
+- the loader brings tiles of q, k and g and chunks of v into rings, and zeros past the end of the sequence;
+- the gaters (gating.py, scalar_gating.py) turn q, k and g into q~, k~ and the factors of the state, tile by tile, and
+  the scores A, chunk by chunk;
+- the matmul warpgroups, 64 columns of v each, hold the state in registers and take each tile as soon as it is gated:
   o = scale * (q~ (read * S) + A v), S' = post * (keep * S + k~^T v). `post` is applied with the next chunk's factors.
 
 The carried state is rounded to the inputs' dtype only as an operand of q~ S.
@@ -19,46 +21,58 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas import gating
 from gla_jax.pallas.gating import CHUNK
-from gla_jax.pallas.scalar_gating import gate_chunk_by_token
+from gla_jax.pallas.scalar_gating import gate_tile_by_token, write_decayed_scores
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
+_F32 = jnp.float32
+_ACC = plgpu.ACC((CHUNK, CHUNK), _F32)
 
 
 def _tile(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def _set_registers(config, registers):
-    plgpu.set_max_registers(registers, action=config.action(registers))
-
-
-def scratch(config, dtype, scalar_gate):
-    """Shared memory and barriers of one block, by name."""
-    blocks, stages = config.key_blocks, config.stages
-    tile = (CHUNK, CHUNK)
+def scratch(config, dtype, gate_parts):
+    """Shared memory and barriers of one block, by name; gate_parts as `forward_kernel`'s."""
+    c, tile = config, (CHUNK, CHUNK)
     return {
-        "q": _tile((stages, blocks, *tile), dtype),
-        "k": _tile((stages, blocks, *tile), dtype),
-        "g": plgpu.SMEM((stages, CHUNK), jnp.float32) if scalar_gate else _tile((stages, blocks, *tile), dtype),
-        "v": _tile((stages, config.matmul_groups, *tile), dtype),
-        "scores": _tile((stages, config.block_gaters, *tile), dtype),
-        "factors": plgpu.SMEM((stages, 3, blocks, CHUNK), jnp.float32),
-        "triangle": _tile((config.gaters, *tile), dtype),
-        "rows": plgpu.SMEM((config.gaters, 3, CHUNK), jnp.float32),
-        "zero": plgpu.SMEM((config.gaters, 8), jnp.int32),
-        "state": _tile((config.matmul_groups, blocks, *tile), dtype),
-        "o": _tile((config.matmul_groups, *tile), dtype),
-        "loaded": plgpu.Barrier(num_arrivals=2 * blocks + (1 if scalar_gate else blocks), num_barriers=stages),
-        "v_loaded": plgpu.Barrier(num_arrivals=config.matmul_groups, num_barriers=stages),
-        "gated": plgpu.Barrier(num_arrivals=config.block_gaters, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=config.matmul_groups, num_barriers=stages),
+        "q": _tile((c.qk_slots, *tile), dtype),
+        "k": _tile((c.qk_slots + 1, *tile), dtype),
+        "g": _tile((c.g_slots, gate_parts, *tile), dtype)
+        if gate_parts
+        else plgpu.SMEM((c.g_slots, CHUNK), jnp.float32),
+        "v": _tile((c.v_slots, c.matmul_groups, *tile), dtype),
+        "scores": _tile((c.score_slots, c.block_gaters, *tile), dtype),
+        "factors": plgpu.SMEM((c.qk_slots, 3, CHUNK), jnp.float32),
+        "triangle": _tile((c.gaters, *tile), dtype),
+        "strong": _tile((c.gaters, *tile), dtype),
+        "rows": plgpu.SMEM((c.gaters, 3, CHUNK), jnp.float32),
+        "number": plgpu.SMEM((c.gaters + c.matmul_groups, 8), jnp.int32),
+        "copy": _tile((c.matmul_groups, c.copies, *tile), dtype),
+        "qk_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=c.qk_slots),
+        "g_loaded": plgpu.Barrier(num_arrivals=max(1, gate_parts), num_barriers=c.g_slots),
+        "v_loaded": plgpu.Barrier(num_arrivals=c.matmul_groups, num_barriers=c.v_slots),
+        "gated": plgpu.Barrier(num_barriers=c.qk_slots),
+        "scored": plgpu.Barrier(num_arrivals=c.block_gaters, num_barriers=c.score_slots),
+        "qk_free": plgpu.Barrier(num_arrivals=c.matmul_groups + 1, num_barriers=c.qk_slots),
+        "g_free": plgpu.Barrier(num_arrivals=1 if gate_parts else c.block_gaters, num_barriers=c.g_slots),
+        "v_free": plgpu.Barrier(num_arrivals=c.matmul_groups, num_barriers=c.v_slots),
+        "scores_free": plgpu.Barrier(num_arrivals=c.matmul_groups, num_barriers=c.score_slots),
     }
 
 
-def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, scalar_gate, interpret):
+def _slot(n, slots, i=0, of=1, zero=None):
+    """The ring's slot of the i-th of `of` tiles of chunk n."""
+    if of == slots:
+        return i if zero is None else zero + i
+    return lax.rem(n * of + i, jnp.int32(slots))
+
+
+def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, gate_parts, interpret):
     """The body; refs are q, k, v, g, [initial state], o, [final state], then the scratch.
 
-    g is [b, t, hk, k], or with `scalar_gate` [b, hk, t]: float32 and already summed up inside each chunk.
+    g is [b, t, hk, gate_parts, k], whose parts sum up to the gate; or for gate_parts = 0 [b, hk, t], a gate a token in
+    float32, already summed up inside each chunk.
     """
     refs = list(refs)
     s = refs.pop()
@@ -69,12 +83,12 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     warpgroup = lax.axis_index("role")
     batch, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
     kv_head = lax.div(head, jnp.int32(group))
-    v_start = part * (config.matmul_groups * CHUNK)
-    stage = lambda n: lax.rem(n, jnp.int32(config.stages))
+    v_start = part * config.value_width
+    first_gater = config.matmul_groups
 
-    @pl.when(warpgroup < config.matmul_groups)
+    @pl.when(warpgroup < first_gater)
     def _matmul():
-        _set_registers(config, config.matmul_registers)
+        plgpu.set_max_registers(config.matmul_registers, action=config.action(config.matmul_registers))
         columns = pl.ds(v_start + warpgroup * CHUNK, CHUNK)
         carry_states(
             s,
@@ -89,132 +103,217 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
             writes_final=lax.rem(head, jnp.int32(group)) == 0,
         )
 
-    first_gater = config.matmul_groups
-
     @pl.when((warpgroup >= first_gater) & (warpgroup < first_gater + config.gaters))
     def _gate():
-        _set_registers(config, config.gate_registers)
-        gater = warpgroup - first_gater
-        if not scalar_gate:
-            s["zero"][gater, 0] = jnp.int32(0)
-            gating.write_triangle(s["triangle"].at[gater])
-        own = config.key_blocks // config.block_gaters
-        share = lax.rem(gater, jnp.int32(config.block_gaters))
-        turn = lax.div(gater, jnp.int32(config.block_gaters))
-        turns = config.gaters // config.block_gaters
-        mine = pl.ds(share * own, own)
-
-        def chunk(i, _):
-            n = i * turns + turn
-            slot = stage(n)
-            plgpu.barrier_wait(s["loaded"].at[slot])
-            q, k = s["q"].at[slot, mine], s["k"].at[slot, mine]
-            scores, factors = s["scores"].at[slot, pl.ds(share, 1)], s["factors"].at[slot, :, mine]
-            if scalar_gate:
-                gate_chunk_by_token(q, k, s["g"].at[slot], scores, factors, s["rows"].at[gater, 0])
-            else:
-                triangle, rows, zero = s["triangle"].at[pl.ds(gater, 1)], s["rows"].at[gater], s["zero"].at[gater]
-                gating.gate_chunk(q, k, s["g"].at[slot, mine], scores, factors, triangle, rows, zero, config.mild)
-            plgpu.barrier_arrive(s["gated"].at[slot])
-
-        lax.fori_loop(jnp.int32(0), lax.div(chunks - turn + turns - 1, jnp.int32(turns)), chunk, None)
+        plgpu.set_max_registers(config.gate_registers, action=config.action(config.gate_registers))
+        gate_chunks(s, warpgroup - first_gater, config, chunks, gate_parts == 0, interpret)
 
     @pl.when(warpgroup == first_gater + config.gaters)
     def _load():
-        _set_registers(config, config.load_registers)
+        plgpu.set_max_registers(config.load_registers, action=config.action(config.load_registers))
+        load_tiles(s, config, chunks, gate_parts, q, k, v, g, (batch, head, kv_head, v_start))
 
-        def chunk(n, _):
-            slot = stage(n)
 
-            @pl.when(n >= config.stages)
-            def _wait():
-                plgpu.barrier_wait(s["free"].at[slot])
+def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
+    """The loader role."""
+    batch, head, kv_head, v_start = place
+    copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
 
-            tokens = pl.ds(n * CHUNK, CHUNK)
-            copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
+    def wait_free(name, slots, n, i=0, of=1):
+        slot = _slot(n, slots, i, of)
+
+        @pl.when(n * of + i >= slots)
+        def _wait():
+            plgpu.barrier_wait(s[name].at[slot])
+
+        return slot
+
+    def chunk(n, _):
+        tokens = pl.ds(n * CHUNK, CHUNK)
+        for i in range(config.key_blocks):
+            channels = pl.ds(i * CHUNK, CHUNK)
+            if gate_parts:
+                slot = wait_free("g_free", config.g_slots, n, i, config.key_blocks)
+                for part in range(gate_parts):
+                    source = g.at[batch, tokens, kv_head, part, channels]
+                    copy(source, s["g"].at[slot, part], s["g_loaded"].at[slot])
+            elif i == 0:
+                slot = wait_free("g_free", config.g_slots, n)
+                copy(g.at[batch, kv_head, tokens], s["g"].at[slot], s["g_loaded"].at[slot])
+            slot = wait_free("qk_free", config.qk_slots, n, i, config.key_blocks)
+            copy(q.at[batch, tokens, head, channels], s["q"].at[slot], s["qk_loaded"].at[slot])
+            copy(k.at[batch, tokens, kv_head, channels], s["k"].at[slot], s["qk_loaded"].at[slot])
+            if i == 0:
+                slot = wait_free("v_free", config.v_slots, n)
+                for j in range(config.matmul_groups):
+                    columns = pl.ds(v_start + j * CHUNK, CHUNK)
+                    copy(v.at[batch, tokens, kv_head, columns], s["v"].at[slot, j], s["v_loaded"].at[slot])
+
+    lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
+    # Every completion of a barrier has to be seen.
+    tiles = chunks * config.key_blocks
+    ends = [("qk_free", tiles, config.qk_slots), ("g_free", tiles if gate_parts else chunks, config.g_slots)]
+    for name, count, slots in (*ends, ("v_free", chunks, config.v_slots)):
+        for n in range(max(0, count - slots), count):
+            plgpu.barrier_wait(s[name].at[n % slots])
+
+
+def gate_chunks(s, gater, config, chunks, scalar_gate, interpret):
+    """The gater role."""
+    number, rows = s["number"].at[config.matmul_groups + gater], s["rows"].at[gater]
+    own = config.key_blocks // config.block_gaters
+    share, turn = lax.rem(gater, jnp.int32(config.block_gaters)), lax.div(gater, jnp.int32(config.block_gaters))
+    gating.write_triangle(s["triangle"].at[gater])
+    if not scalar_gate:
+        number[0] = jnp.int32(0)
+        s["k"][config.qk_slots] = gating.nothing(s["k"].dtype)
+        plgpu.commit_smem()
+
+    # In registers all the time where there is room for it.
+    mask = gating.lower_mask(s["triangle"].at[gater]) if own < 4 else None
+
+    def chunk(i, _):
+        n = i * config.turns + turn
+        score_slot = _slot(n, config.score_slots)
+        if scalar_gate:
+            plgpu.barrier_wait(s["g_loaded"].at[_slot(n, config.g_slots)])
+        scores = s["scores"].at[score_slot, share]
+
+        @pl.when(n >= config.score_slots)
+        def _wait():
+            plgpu.barrier_wait(s["scores_free"].at[score_slot])
+
+        if not scalar_gate:
+            number[1] = jnp.int32(0)
+        tools = gating.Tools(s["triangle"].at[gater], scores, s["strong"].at[gater], rows, number)
+
+        def tile(j, carry):
+            a, before, before_k = carry
+            block = share * own + j
+            slot = _slot(n, config.qk_slots, block, config.key_blocks)
+            q, k, factors = s["q"].at[slot], s["k"].at[slot], s["factors"].at[slot]
             if scalar_gate:
-                copy(g.at[batch, kv_head, tokens], s["g"].at[slot], s["loaded"].at[slot])
-            for i in range(config.key_blocks):
-                channels = pl.ds(i * CHUNK, CHUNK)
-                if not scalar_gate:
-                    copy(g.at[batch, tokens, kv_head, channels], s["g"].at[slot, i], s["loaded"].at[slot])
-                copy(q.at[batch, tokens, head, channels], s["q"].at[slot, i], s["loaded"].at[slot])
-                copy(k.at[batch, tokens, kv_head, channels], s["k"].at[slot, i], s["loaded"].at[slot])
-            for i in range(config.matmul_groups):
-                columns = pl.ds(v_start + i * CHUNK, CHUNK)
-                copy(v.at[batch, tokens, kv_head, columns], s["v"].at[slot, i], s["v_loaded"].at[slot])
+                plgpu.barrier_wait(s["qk_loaded"].at[slot])
+                a += gate_tile_by_token(q, k, s["g"].at[_slot(n, config.g_slots)], factors)
+                plgpu.barrier_arrive(s["gated"].at[slot])
+                plgpu.barrier_arrive(s["qk_free"].at[slot])
+                return a, before, before_k
+            g_slot = _slot(n, config.g_slots, block, config.key_blocks)
+            g = s["g"].at[g_slot]
+            plgpu.barrier_wait(s["g_loaded"].at[g_slot])
+            if own == 1:
+                e, half = gating.centre(tools.triangle, g)
+            else:
+                e, half, a = gating.centre(tools.triangle, g, (a, s["q"].at[before], s["k"].at[before_k]), interpret)
 
-        lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
-        for n in range(max(0, chunks - config.stages), chunks):
-            plgpu.barrier_wait(s["free"].at[n % config.stages])
+                @pl.when(j > 0)
+                def _free():
+                    plgpu.barrier_arrive(s["qk_free"].at[before])
+
+            ready = lambda: plgpu.barrier_wait(s["qk_loaded"].at[slot])
+            done = lambda: plgpu.barrier_arrive(s["g_free"].at[g_slot])
+            sums = None if own == 1 else a
+            is_mild, sums = gating.gate_tile(q, k, g, e, half, sums, factors, tools, config.mild, ready, done)
+            plgpu.barrier_arrive(s["gated"].at[slot])
+            # A strong tile's scores are in tools.strong: in `a` it meets zeros.
+            return a if own == 1 else sums, slot, jnp.where(is_mild, slot, jnp.int32(config.qk_slots))
+
+        carry = gating.nothing(_F32), jnp.int32(0), jnp.int32(config.qk_slots)
+        carry = tile(jnp.int32(0), carry) if own == 1 else lax.fori_loop(jnp.int32(0), jnp.int32(own), tile, carry)
+        a, before, before_k = carry
+        kept = gating.lower_mask(tools.triangle) if mask is None else mask
+        if scalar_gate:
+            g_slot = _slot(n, config.g_slots)
+            write_decayed_scores(scores, a, kept, s["g"].at[g_slot], rows.at[0])
+            plgpu.barrier_arrive(s["g_free"].at[g_slot])
+        else:
+            last = gating.matmul(s["q"].at[before], s["k"].at[before_k].T)
+            a = last if own == 1 else a + last
+            plgpu.barrier_arrive(s["qk_free"].at[before])
+            gating.write_scores(scores, a, kept, tools)
+        plgpu.barrier_arrive(s["scored"].at[score_slot])
+
+    lax.fori_loop(jnp.int32(0), lax.div(chunks - turn + config.turns - 1, jnp.int32(config.turns)), chunk, None)
+    for n in range(max(0, chunks - config.score_slots), chunks):
+
+        @pl.when(turn == n % config.turns)
+        def _drain(n=n):
+            plgpu.barrier_wait(s["scores_free"].at[n % config.score_slots])
 
 
 def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, final, o, writes_final):
     """The matmul role: runs the recurrence over the chunks for 64 columns of v."""
     blocks = config.key_blocks
     rows = lambda x: lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
-    load_factor = lambda slot, j, i: plgpu.layout_cast(s["factors"][slot, j, i], _ROWS)
-    o_tile, copies = s["o"].at[warpgroup], s["state"].at[warpgroup]
+    load_factor = lambda slot, j: plgpu.layout_cast(s["factors"][slot, j], _ROWS)
+    # Two tiles in turns for the copies of the state; o takes its turn after them, or has a tile of its own.
+    own_tile = config.copies == 3
+
+    def copy_at(n, i, zero):
+        place = zero + (2 if i == blocks else i % 2) if own_tile else lax.rem(n * (blocks + 1) + i, jnp.int32(2))
+        return s["copy"].at[warpgroup, place]
+
+    s["number"][warpgroup, 0] = jnp.int32(0)
+    plgpu.commit_smem()
 
     def start(i):
         if initial is None:
-            return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), plgpu.Layout.WGMMA)
+            return gating.nothing(_F32)
         return plgpu.load(initial.at[pl.ds(i * CHUNK, CHUNK)], layout=plgpu.Layout.WGMMA, optimized=False)
 
     def chunk(n, carry):
-        states, posts = carry
-        slot = lax.rem(n, jnp.int32(config.stages))
-        plgpu.barrier_wait(s["gated"].at[slot])
-        for i in range(blocks):
-            read = posts[i] * load_factor(slot, 0, i)
-            copies[i] = (states[i] * rows(read)).astype(copies.dtype)
-        plgpu.commit_smem()
-        plgpu.barrier_wait(s["v_loaded"].at[slot])
-        v = s["v"].at[slot, warpgroup]
+        v_slot, score_slot = _slot(n, config.v_slots), _slot(n, config.score_slots)
+        v = s["v"].at[v_slot, warpgroup]
 
-        kept = tuple(states[i] * rows(posts[i] * load_factor(slot, 1, i)) for i in range(blocks))
-
-        def send(out):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_tile[...] = (out * scale).astype(o_tile.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_tile, o.at[pl.ds(n * CHUNK, CHUNK)])
-
-        def products(o_acc, updates):
+        def products(o_acc):
+            states, posts = (list(x) for x in carry)
             for i in range(blocks):
-                plgpu.wgmma(o_acc, s["q"].at[slot, i], copies.at[i])
-            for i in range(config.block_gaters):
-                plgpu.wgmma(o_acc, s["scores"].at[slot, i], v)
-            for i in range(blocks):
-                plgpu.wgmma(updates[i], s["k"].at[slot, i].T, v)
+                zero = s["number"][warpgroup, 0]
+                slot = _slot(n, config.qk_slots, i, blocks, zero)
+                plgpu.barrier_wait(s["gated"].at[slot])
+                if i == 1 and not own_tile:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                copy = copy_at(n, i, zero)
+                copy[...] = (states[i] * rows(posts[i] * load_factor(slot, 0))).astype(copy.dtype)
+                kept = states[i] * rows(posts[i] * load_factor(slot, 1))
+                posts[i] = load_factor(slot, 2)
+                plgpu.commit_smem()
+                if i == 0:
+                    plgpu.barrier_wait(s["v_loaded"].at[v_slot])
 
-        accumulator = plgpu.ACC((CHUNK, CHUNK), jnp.float32)
-        if interpret:
-
-            def fresh(o_acc, *updates):
-                products(o_acc, updates)
-                send(o_acc[...])
-                return [u[...] for u in updates]
-
-            states = pl.run_scoped(fresh, accumulator, *[accumulator] * blocks)
-            states = tuple(x + y for x, y in zip(kept, states, strict=True))
-        else:
-
-            def carried(updates):
-                def inner(o_acc):
-                    products(o_acc, updates)
-                    send(plgpu.wgmma_accumulator_load(o_acc, wait_n=blocks))
+                def update(state, slot=slot, i=i, zero=zero):
+                    # Places are made here: `run_state` cannot close over constant ones.
+                    plgpu.wgmma(o_acc, s["q"].at[slot], copy_at(n, i, zero))
+                    plgpu.wgmma(state, s["k"].at[slot].T, v)
                     plgpu.wgmma_wait(0)
 
-                pl.run_scoped(inner, accumulator)
+                if interpret:
 
-            states = pl.run_state(carried)(tuple(plgpu.ACC.init(x) for x in kept))
-        posts = tuple(load_factor(slot, 2, i) for i in range(blocks))
-        plgpu.barrier_arrive(s["free"].at[slot])
-        return states, posts
+                    def fresh(acc):
+                        update(acc)
+                        return acc[...]
 
-    one = plgpu.layout_cast(jnp.ones((CHUNK,), jnp.float32), _ROWS)
-    init = tuple(start(i) for i in range(blocks)), (one,) * blocks
+                    states[i] = kept + pl.run_scoped(fresh, _ACC)
+                else:
+                    states[i] = pl.run_state(update)(plgpu.ACC.init(kept))
+                plgpu.barrier_arrive(s["qk_free"].at[slot])
+            plgpu.barrier_wait(s["scored"].at[score_slot])
+            for i in range(config.block_gaters):
+                plgpu.wgmma(o_acc, s["scores"].at[score_slot, i], v)
+            return o_acc[...], tuple(states), tuple(posts)
+
+        out, *carry = pl.run_scoped(products, _ACC)
+        plgpu.barrier_arrive(s["scores_free"].at[score_slot])
+        plgpu.barrier_arrive(s["v_free"].at[v_slot])
+        o_tile = copy_at(n, blocks, s["number"][warpgroup, 0])
+        if blocks == 1 or own_tile:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o_tile[...] = (out * scale).astype(o_tile.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_tile, o.at[pl.ds(n * CHUNK, CHUNK)])
+        return tuple(carry)
+
+    init = tuple(start(i) for i in range(blocks)), (gating.vector(1.0),) * blocks
     states, posts = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, init)
     if final is not None:
 

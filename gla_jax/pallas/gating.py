@@ -1,17 +1,19 @@
-"""The gating role of the forward kernel: q, k and g of one chunk become scaled operands, scores and three factors.
+"""The gating role of the forward kernel: q, k and g of a tile become scaled operands, scores and three factors.
 
 Notation of one chunk of 64 tokens and one channel: g_i <= 0 the log decay of token i, b_i = g_0 + ... + g_i, B = b_63.
 For the state S that enters the chunk, with A the [64, 64] scores inside it,
 
     o = q~ (read * S) + A v        S' = post * (keep * S + k~^T v)
 
-A mild chunk is centred on half its decay: with E_i = b_i - B/2, q~ = q exp(E), k~ = k exp(-E), A = tril(q~ k~^T) and
-read = keep = post = exp(B/2). E is one product of g with a triangle of +-1/2, exact in bfloat16.
+A tile is 64 channels of a chunk; A is the sum of its tiles' scores. Each tile is judged by itself.
 
-A chunk that hard resets of whole tokens alone keep from being mild is gated as if they were not there, and then cut: no
+A mild tile is centred on half its decay: with E_i = b_i - B/2, q~ = q exp(E), k~ = k exp(-E), A = tril(q~ k~^T) and
+read = keep = post = exp(B/2). E is one product of g with a triangle of +-1/2, exact in bfloat16. Its last row is B/2.
+
+A tile that hard resets of whole tokens alone keep from being mild is gated as if they were not there, and then cut: no
 score across a reset, q~ = 0 after the first one, k~ = 0 before the last one, keep = 0.
 
-Any other chunk takes factors that are at most 1, whatever the gates: q~ = q exp(b_i), k~ = k exp(B - b_j), read = 1,
+Any other tile takes factors that are at most 1, whatever the gates: q~ = q exp(b_i), k~ = k exp(B - b_j), read = 1,
 keep = exp(B), post = 1, and A in six levels. At level m, a token i in the right half of a block of 2^(m+1) tokens meets
 a token j in its left half through the middle of the block: A_ij = (q_i D(middle..i)) . (k_j D(j+1..middle-1)), where D
 is a product of decays. Right halves need only q and left halves only k, so one tile X holds both and A's level is X X^T
@@ -22,7 +24,7 @@ A warp reads and writes its own 16 rows of a tile; only wgmma reads all of a til
 of the warpgroup) after it is written, and once more between the last wgmma that reads it and the next write.
 """
 
-import functools
+from typing import Any, NamedTuple
 
 from jax import lax
 from jax import numpy as jnp
@@ -34,6 +36,26 @@ LEVELS = 6
 # exp of it is 0 in float32, so it stands for -inf, and sums of 64 of them stay finite.
 FLOOR = -120.0
 _LAST = pl.ds(CHUNK - 8, 8)
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+class Tools(NamedTuple):
+    """A gater's own shared memory.
+
+    Attributes:
+      triangle: [64, 64] tile with the triangle of +-1/2.
+      scratch: [64, 64] tile, free until the chunk's scores are written.
+      strong: [64, 64] tile, the scores of the chunk's tiles that are not mild.
+      rows: [3, 64] float32.
+      number: [8] int32: a zero that the compiler does not know, and whether `strong` holds something.
+    """
+
+    triangle: Any
+    scratch: Any
+    strong: Any
+    rows: Any
+    number: Any
 
 
 def _iotas():
@@ -42,15 +64,14 @@ def _iotas():
     return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
 
 
-def matmul(pairs, m=CHUNK, n=CHUNK):
-    """The sum of the products of pairs of tiles, [m, n] in float32."""
+def matmul(a, b):
+    """The product of two tiles in float32."""
 
     def run(acc):
-        for a, b in pairs:
-            plgpu.wgmma(acc, a, b)
+        plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((m, n), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
 
 
 def load(ref):
@@ -65,10 +86,17 @@ def write_triangle(triangle):
     plgpu.commit_smem()
 
 
-def lower(a):
-    """The lower triangle of a [64, 64] tile, zeros above it whatever is there."""
-    rows, columns = _iotas()
-    return jnp.where(rows >= columns, a, 0.0)
+def lower_mask(triangle):
+    """All bits of a [64, 64] tile's lower triangle, as 16-bit integers, from the triangle of +-1/2.
+
+    By way of float32: of masks that it sees through, the compiler makes a comparison and a selection an element.
+    """
+    return (-0.5 - load(triangle)).astype(jnp.int32).astype(jnp.uint16)
+
+
+def lower(a, mask):
+    """The lower triangle of a 16-bit tile, zeros above it whatever is there."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.uint16) & mask, a.dtype)
 
 
 def along_rows(x):
@@ -76,181 +104,261 @@ def along_rows(x):
     return lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
 
 
-def _centre(triangle, g):
-    """E_i, and B/2 along the rows for each block of channels: of the first block E, of all of them B/2."""
-
-    def run(e, *totals):
-        for i, total in enumerate(totals):
-            plgpu.wgmma(total, g.at[i].T, triangle.at[0, _LAST].T)
-        plgpu.wgmma(e, triangle.at[0], g.at[0])
-        return e[...], [jnp.min(total[...], axis=1) for total in totals]
-
-    narrow = plgpu.ACC((CHUNK, 8), jnp.float32)
-    return pl.run_scoped(run, plgpu.ACC((CHUNK, CHUNK), jnp.float32), *[narrow] * g.shape[0])
+def vector(value):
+    """[64] of one value, along the rows of an accumulator."""
+    return plgpu.layout_cast(jnp.full((CHUNK,), value, jnp.float32), _ROWS)
 
 
-def _reduce(reduction, x, row):
-    """One number of a vector along the rows, through `row` of shared memory.
-
-    A reduction across warps takes scratch that the compiler allots once for all warpgroups: two that gate at the same
-    time would mix their numbers. Read along the columns, every warp has all of the vector.
-    """
-    row[...] = x
-    plgpu.commit_smem()
-    return reduction(plgpu.layout_cast(row[...], plgpu.Layout.WGMMA.reduce(0)))
+def nothing(dtype):
+    """A [64, 64] tile of zeros in the accumulators' layout."""
+    return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), dtype), plgpu.Layout.WGMMA)
 
 
-def _least(halves, row):
-    return _reduce(jnp.min, functools.reduce(jnp.minimum, halves), row)
-
-
-def gate_chunk(q, k, g, scores, factors, triangle, rows, zero, mild):
-    """Gates one chunk in place.
+def centre(triangle, g, before=None, interpret=False):
+    """E, and B/2 along the rows.
 
     Args:
-      q, k, g: [blocks, 64 tokens, 64 channels] tiles; q and k become q~ and k~, g is overwritten.
-      scores: [1, 64, 64] tile for A.
-      factors: [3, blocks, 64] float32 for read, keep and post.
-      triangle: [1, 64, 64] tile with the triangle of +-1/2, the same afterwards.
-      rows: [3, 64] float32 scratch.
-      zero: [1] int32 that holds 0, unknown to the compiler.
-      mild: the largest |B| that the centred form takes.
+      triangle: [64, 64] tile.
+      g: [parts, 64, 64], tiles that sum up to g.
+      before: scores so far and two more tiles x and y; x y^T is added to the scores, while E is computed, and they are
+        returned too.
+      interpret: for the interpreter, which cannot start an accumulator from a value.
     """
-    e, halves = _centre(triangle, g)
-    is_mild = _least(halves, rows.at[0]) >= -0.5 * mild
 
-    @pl.when(is_mild)
-    def _centred():
-        for i, half in enumerate(halves):
-            factor = jnp.exp(half)
-            for j in range(3):
-                factors[j, i] = factor
-        a = _scale_and_score(q, k, g, triangle, e)
-        scores[0] = lower(a).astype(scores.dtype)
+    def products(e, total):
+        for i in range(g.shape[0]):
+            plgpu.wgmma(total, g.at[i].T, triangle.at[_LAST].T)
+        for i in range(g.shape[0]):
+            plgpu.wgmma(e, triangle, g.at[i])
 
-    @pl.when(jnp.logical_not(is_mild))
-    def _strong():
-        _gate_with_resets(q, k, g, scores, factors, triangle, rows, zero, mild)
+    wide, narrow = (CHUNK, CHUNK), (CHUNK, 8)
+    if before is None or interpret:
+
+        def run(e, total):
+            products(e, total)
+            return e[...], jnp.min(total[...], axis=1)
+
+        e, half = pl.run_scoped(run, plgpu.ACC(wide, jnp.float32), plgpu.ACC(narrow, jnp.float32))
+        scores = () if before is None else (before[0] + matmul(before[1], before[2].T),)
+    else:
+        scores, x, y = before
+
+        def all_products(refs):
+            scores, e, total = refs
+            products(e, total)
+            plgpu.wgmma(scores, x, y.T)
+            plgpu.wgmma_wait(0)
+
+        zeros = (plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA) for s in (wide, narrow))
+        scores, e, total = pl.run_state(all_products)(tuple(plgpu.ACC.init(x) for x in (scores, *zeros)))
+        scores, half = (scores,), jnp.min(jnp.asarray(total), axis=1)
+    return e, half, *scores
+
+
+def _least(e, row):
+    """The least B/2 of a tile's channels, from the last row of E. Has a barrier of the warpgroup.
+
+    A reduction across warps would take scratch that the compiler allots once for all warpgroups: two that gate at the
+    same time would mix their numbers.
+    """
+    row[...] = jnp.min(e, axis=1)
+    plgpu.commit_smem()
+    return row[CHUNK - 1]
+
+
+def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_g):
+    """Gates one tile in place.
+
+    Args:
+      q, k: [64 tokens, 64 channels] tiles; become q~ and k~.
+      g: [parts, 64, 64], tiles that sum up to g; overwritten.
+      e, half: `centre`'s.
+      a: [64, 64] float32, the sum of the scores of the chunk's tiles so far, to be masked; None if there are none.
+      factors: [3, 64] float32 for read, keep and post.
+      tools: the gater's own.
+      mild: the largest |B| that the centred form takes.
+      wait_for_qk: called before q and k are read.
+      done_with_g: called when g is no longer needed.
+
+    Returns:
+      Whether the tile is mild; otherwise its scores are in `tools.strong`.
+      `a`, or zeros where it has been moved to `tools.strong`.
+    """
+    is_mild = _least(e, tools.rows.at[0]) >= -0.5 * mild
+    wait_for_qk()
+
+    def centred(*a):
+        done_with_g()
+        factor = jnp.exp(half)
+        for i in range(3):
+            factors[i] = factor
+        _scale(q, k, e)
+        plgpu.commit_smem()
+        return a
+
+    def strong(*a):
+        for x in a:
+            _add_strong(jnp.where(_in_lower(), x, 0.0), tools)
+        _gate_with_resets(q, k, g, factors, tools, mild, bool(a))
+        done_with_g()
+        # After a barrier: all warps have read it.
+        tools.number[1] = jnp.int32(1)
+        return tuple(nothing(x.dtype) for x in a)
+
+    moved = lax.cond(is_mild, centred, strong, *(() if a is None else (a,)))
+    return is_mild, moved[0] if moved else None
+
+
+def _in_lower():
+    rows, columns = _iotas()
+    return rows >= columns
+
+
+def _scale(q, k, e):
+    exponent = e * 1.4426950408889634
+    q[...] = (load(q) * jnp.exp2(exponent)).astype(q.dtype)
+    k[...] = (load(k) * jnp.exp2(-exponent)).astype(k.dtype)
+
+
+def _add_strong(a, tools, full=False):
+    """Adds scores to those in `tools.strong`, which holds some if `full` or as tools.number[1] says."""
+    before = load(tools.strong)
+    if not full:
+        rows, _ = _iotas()
+        before = jnp.where(rows < CHUNK * tools.number[1], before, 0.0)
+    tools.strong[...] = (before + a).astype(tools.strong.dtype)
+
+
+def write_scores(scores, a, mask, tools):
+    """Writes a chunk's scores.
+
+    Args:
+      scores: [64, 64] tile.
+      a: [64, 64] float32, the sum of the mild tiles' scores, to be masked.
+      mask: `lower_mask()`.
+      tools: the gater's own, with the sum of the strong tiles' scores.
+    """
+    scores[...] = lower(a.astype(scores.dtype), mask)
+
+    @pl.when(tools.number[1] > 0)
+    def _add():
+        scores[...] = (load(scores) + load(tools.strong)).astype(scores.dtype)
 
     plgpu.commit_smem()
 
 
-def _scale_and_score(q, k, g, triangle, e):
-    """q exp(E) and k exp(-E) in place, and their product; e is the first block's."""
-    blocks = q.shape[0]
-    for i in range(blocks):
+def _load_gate(g):
+    return sum(load(g.at[i]) for i in range(g.shape[0]))
 
-        def run(following, i=i, e=e):
-            if i + 1 < blocks:
-                plgpu.wgmma(following, triangle.at[0], g.at[i + 1])
-            scaled_q = (load(q.at[i]) * jnp.exp(e)).astype(q.dtype)
-            scaled_k = (load(k.at[i]) * jnp.exp(-e)).astype(k.dtype)
-            q[i] = scaled_q
-            k[i] = scaled_k
-            return following[...] if i + 1 < blocks else e
 
-        e = pl.run_scoped(run, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+def _store_gate(g, value):
+    for i in range(g.shape[0]):
+        part = value.astype(g.dtype)
+        g[i] = part
+        value -= part.astype(jnp.float32)
+
+
+def _sums(matrix, g):
+    """The product of a matrix and g."""
+
+    def run(acc):
+        for i in range(g.shape[0]):
+            plgpu.wgmma(acc, matrix, g.at[i])
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
+
+
+def _totals(matrix, g):
+    """The sums of g that the matrix's last row takes, along the rows, eight times over."""
+
+    def run(acc):
+        for i in range(g.shape[0]):
+            plgpu.wgmma(acc, g.at[i].T, matrix.at[_LAST].T)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((CHUNK, 8), jnp.float32))
+
+
+def _gate_with_resets(q, k, g, factors, tools, mild, full):
+    reset = jnp.where(jnp.max(_load_gate(g), axis=1) <= FLOOR, 1.0, 0.0)
+    row = tools.rows.at[1]
+    row[...] = reset
+    # Every warp has read what it needs of g, and no wgmma reads it any more.
     plgpu.commit_smem()
-    return matmul([(q.at[i], k.at[i].T) for i in range(blocks)])
-
-
-def _gate_with_resets(q, k, g, scores, factors, triangle, rows, zero, mild):
-    blocks = q.shape[0]
-    z = zero[0]
-    highest = jnp.max(load(g.at[z]), axis=1)
-    for i in range(1, blocks):
-        highest = jnp.maximum(highest, jnp.max(load(g.at[i + z]), axis=1))
-    reset = jnp.where(highest <= FLOOR, 1.0, 0.0)
-    # Has a barrier: every warp has read what it needs of g, and no wgmma reads it any more.
-    resets = _reduce(jnp.sum, reset, rows.at[1])
-    for i in range(blocks):
-        g[i + z] = jnp.maximum(jnp.where(along_rows(reset) > 0, 0.0, load(g.at[i + z])), FLOOR).astype(g.dtype)
-    scores[z] = along_rows(reset).astype(scores.dtype)
+    resets = jnp.sum(plgpu.load(row, layout=_COLUMNS))
+    _store_gate(g, jnp.maximum(jnp.where(along_rows(reset) > 0, 0.0, _load_gate(g)), FLOOR))
+    tools.scratch[...] = along_rows(reset).astype(tools.scratch.dtype)
     plgpu.commit_smem()
-    e, halves = _centre(triangle, g)
-    is_mild = (_least(halves, rows.at[2]) >= -0.5 * mild) & (resets > 0)
+    e, half = centre(tools.triangle, g)
+    is_mild = (_least(e, tools.rows.at[2]) >= -0.5 * mild) & (resets > 0)
 
     @pl.when(is_mild)
     def _cut():
-        _gate_around_resets(q, k, g, scores, factors, triangle, zero, e, halves, resets)
+        _gate_around_resets(q, k, g.at[0], factors, tools, e, half, resets, full)
 
     @pl.when(jnp.logical_not(is_mild))
     def _levels():
-        for i in range(blocks):
-            g[i + z] = jnp.where(along_rows(reset) > 0, FLOOR, load(g.at[i + z])).astype(g.dtype)
+        _store_gate(g, jnp.where(along_rows(reset) > 0, FLOOR, _load_gate(g)))
         plgpu.commit_smem()
-        _gate_by_levels(q, k, g, scores, factors, triangle, zero)
+        _gate_by_levels(q, k, g, factors, tools, full)
 
 
-def _gate_around_resets(q, k, g, scores, factors, triangle, zero, e, halves, resets):
-    """Gates a chunk whose resets are rows of ones in `scores` and rows of zeros in g."""
-    z = zero[0]
+def _gate_around_resets(q, k, spare, factors, tools, e, half, resets, full):
+    """Gates a tile whose resets are rows of ones in `tools.scratch`; `spare` is a tile that nothing reads."""
     # Row i: how many resets come up to token i, less half of all.
-    count = jnp.max(matmul([(triangle.at[z], scores.at[z])], n=CHUNK), axis=1)
-    a = _scale_and_score(q, k, g, triangle, e)
-    same = along_rows(count) == matmul([(scores.at[z].T, triangle.at[z].T)])
+    count = jnp.max(matmul(tools.triangle, tools.scratch), axis=1)
+    _scale(q, k, e)
     plgpu.commit_smem()
-    z = zero[0]
-    scores[z] = jnp.where(same, lower(a), 0.0).astype(scores.dtype)
+    spare[...] = matmul(q, k.T).astype(spare.dtype)
+    same = along_rows(count) == matmul(tools.scratch.T, tools.triangle.T)
+    plgpu.commit_smem()
+    _add_strong(jnp.where(same & _in_lower(), load(spare), 0.0), tools, full)
     after_first = along_rows(jnp.where(count > 0.25 - 0.5 * resets, 0.0, 1.0))
     after_last = along_rows(jnp.where(count < 0.5 * resets - 0.25, 0.0, 1.0))
-    nothing = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    for i, half in enumerate(halves):
-        q[i + z] = (load(q.at[i + z]) * after_first).astype(q.dtype)
-        k[i + z] = (load(k.at[i + z]) * after_last).astype(k.dtype)
-        factors[0, i + z] = jnp.exp(half)
-        factors[1, i + z] = nothing
-        factors[2, i + z] = jnp.exp(half)
+    q[...] = (load(q) * after_first).astype(q.dtype)
+    k[...] = (load(k) * after_last).astype(k.dtype)
+    factors[0] = jnp.exp(half)
+    factors[1] = vector(0.0)
+    factors[2] = jnp.exp(half)
+    plgpu.commit_smem()
 
 
-def _gate_by_levels(q, k, g, scores, factors, triangle, zero):
-    blocks = q.shape[0]
+def _gate_by_levels(q, k, g, factors, tools, full):
+    triangle, scratch, strong = tools.triangle, tools.scratch, tools.strong
     rows, columns = _iotas()
-    a = matmul([(q.at[i], k.at[i].T) for i in range(blocks)])
-    a = jnp.where(rows == columns, a, 0.0)
+    _add_strong(jnp.where(rows == columns, matmul(q, k.T), 0.0), tools, full)
 
-    # Indices read from memory keep addresses from being computed, and spilled, ahead of the loop.
-    def level(m, a):
-        z = zero[0]
+    # Numbers read from memory keep addresses and masks from being computed, and spilled, ahead of the loop.
+    def level(m, _):
+        zero = tools.number[0]
         rows, columns = _iotas()
-        rows += z
-        columns += z
+        rows += zero
+        columns += zero
         row_half, column_half = rows >> m, columns >> m
         right = (row_half & 1) == 1
         within = (row_half == column_half) & ((columns <= rows) == right)
-        triangle[z] = jnp.where(within, 1.0, 0.0).astype(triangle.dtype)
+        triangle[...] = jnp.where(within, 1.0, 0.0).astype(triangle.dtype)
         plgpu.commit_smem()
-        for i in range(blocks):
-            z = zero[0]
-            decay = jnp.exp(matmul([(triangle.at[z], g.at[i + z])]))
-            x = jnp.where(right, load(q.at[i + z]), load(k.at[i + z])) * decay
-            if i:
-                plgpu.commit_smem()
-            scores[z] = x.astype(scores.dtype)
-            plgpu.commit_smem()
-            a += jnp.where(right & (row_half == column_half + 1), matmul([(scores.at[z], scores.at[z].T)]), 0.0)
-        return a
+        decay = jnp.exp(_sums(triangle, g))
+        scratch[...] = (jnp.where(right, load(q), load(k)) * decay).astype(scratch.dtype)
+        plgpu.commit_smem()
+        a = jnp.where(right & (row_half == column_half + 1), matmul(scratch, scratch.T), 0.0)
+        strong[...] = (load(strong) + a).astype(strong.dtype)
 
-    a = lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, a)
-    z = zero[0]
+    lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, None)
+    plgpu.commit_smem()
     rows, columns = _iotas()
-    rows += z
-    triangle[z] = jnp.where(columns > rows, 1.0, 0.0).astype(triangle.dtype)
+    rows += tools.number[0]
+    triangle[...] = jnp.where(columns > rows, 1.0, 0.0).astype(triangle.dtype)
     plgpu.commit_smem()
-    scores[z] = a.astype(scores.dtype)
-    for i in range(blocks):
-        z = zero[0]
-        k[i + z] = (load(k.at[i + z]) * jnp.exp(matmul([(triangle.at[z], g.at[i + z])]))).astype(k.dtype)
+    k[...] = (load(k) * jnp.exp(_sums(triangle, g))).astype(k.dtype)
     plgpu.commit_smem()
-    z = zero[0]
-    triangle[z] = jnp.where(columns <= rows, 1.0, 0.0).astype(triangle.dtype)
+    triangle[...] = jnp.where(columns <= rows, 1.0, 0.0).astype(triangle.dtype)
     plgpu.commit_smem()
-    one = plgpu.layout_cast(jnp.ones((CHUNK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    for i in range(blocks):
-        z = zero[0]
-        q[i + z] = (load(q.at[i + z]) * jnp.exp(matmul([(triangle.at[z], g.at[i + z])]))).astype(q.dtype)
-        factors[0, i + z] = one
-        factors[1, i + z] = jnp.exp(jnp.min(matmul([(g.at[i + z].T, triangle.at[z, _LAST].T)], n=8), axis=1))
-        factors[2, i + z] = one
+    q[...] = (load(q) * jnp.exp(_sums(triangle, g))).astype(q.dtype)
+    factors[0] = vector(1.0)
+    factors[1] = jnp.exp(jnp.min(_totals(triangle, g), axis=1))
+    factors[2] = vector(1.0)
     plgpu.commit_smem()
-    write_triangle(triangle.at[z])
+    write_triangle(triangle)

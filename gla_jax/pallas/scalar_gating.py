@@ -11,40 +11,49 @@ from jax import lax
 from jax import numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gla_jax.pallas.gating import CHUNK, along_rows, load, lower, matmul
+from gla_jax.pallas.gating import CHUNK, along_rows, load, lower, matmul, vector
 
-_TILE = (CHUNK, CHUNK)
+_ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
-def gate_chunk_by_token(q, k, b, scores, factors, row):
-    """Gates one chunk in place.
+def write_decayed_scores(scores, a, mask, b, row):
+    """Writes A of a chunk.
 
     Args:
-      q, k: [blocks, 64 tokens, 64 channels] tiles; become q~ and k~.
-      b: [64] float32, the cumulative log decay.
-      scores: [1, 64, 64] tile for A.
-      factors: [3, blocks, 64] float32 for read, keep and post.
-      row: [64] float32 scratch.
+      scores: [64, 64] tile.
+      a: [64, 64] float32, q k^T.
+      mask: `gating.lower_mask()`.
+      b: [64] float32 in shared memory, the cumulative log decay.
+      row: [64] float32 scratch. Of two loads of b the compiler would make one, for which there is no layout.
     """
-    blocks = q.shape[0]
-    down = plgpu.load(b, layout=plgpu.Layout.WGMMA.reduce(1))
-    # Through a row of its own: of two loads of b the compiler would make one, for which there is no layout.
+    down = plgpu.load(b, layout=_ROWS)
     row[...] = down
     plgpu.commit_smem()
-    across = plgpu.load(row, layout=plgpu.Layout.WGMMA.reduce(0))
-    # b decreases, so its least is the last. Along the columns every warp has all of it: no reduction across warps.
-    one = plgpu.layout_cast(jnp.ones((CHUNK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    total = one * jnp.min(across)
-    a = matmul([(q.at[i], k.at[i].T) for i in range(blocks)])
-    decay = jnp.exp(jnp.minimum(along_rows(down) - lax.broadcast_in_dim(across, _TILE, (1,)), 0.0))
-    scores[0] = lower(a * decay).astype(scores.dtype)
+    across = plgpu.load(row, layout=_COLUMNS)
+    decay = jnp.exp(jnp.minimum(along_rows(down) - lax.broadcast_in_dim(across, (CHUNK, CHUNK), (1,)), 0.0))
+    scores[...] = lower((a * decay).astype(scores.dtype), mask)
+    plgpu.commit_smem()
+
+
+def gate_tile_by_token(q, k, b, factors):
+    """Gates one tile in place: q and k become q~ and k~, and q k^T is returned.
+
+    Args:
+      q, k: [64 tokens, 64 channels] tiles.
+      b: [64] float32 in shared memory, the cumulative log decay.
+      factors: [3, 64] float32 for read, keep and post.
+    """
+    a = matmul(q, k.T)
+    down = plgpu.load(b, layout=_ROWS)
+    # b decreases, so the chunk's is the last.
+    total = vector(1.0) * b[CHUNK - 1]
+    for_q, for_k = along_rows(jnp.exp(down)), along_rows(jnp.exp(total - down))
+    factors[0] = vector(1.0)
+    factors[1] = jnp.exp(total)
+    factors[2] = vector(1.0)
     # All warps are done with the product before its operands change.
     plgpu.commit_smem()
-    for_q, for_k = along_rows(jnp.exp(down)), along_rows(jnp.exp(total - down))
-    for i in range(blocks):
-        q[i] = (load(q.at[i]) * for_q).astype(q.dtype)
-        k[i] = (load(k.at[i]) * for_k).astype(k.dtype)
-        factors[0, i] = one
-        factors[1, i] = jnp.exp(total)
-        factors[2, i] = one
+    q[...] = (load(q) * for_q).astype(q.dtype)
+    k[...] = (load(k) * for_k).astype(k.dtype)
     plgpu.commit_smem()
+    return a

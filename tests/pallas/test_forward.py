@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,15 +7,22 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas import forward, why_unsupported
-from gla_jax.pallas.config import ForwardConfig, choose_forward
+from gla_jax.pallas.config import choose_forward
 
 from .small import GATES, arguments, lower_for_h100, recurrence, relative
 
 # b, t, h, hk, k, v: every tuning, tails of a chunk, padded k and v, grouped heads.
-SMALL = [(1, 130, 2, 1, 64, 64), (1, 136, 1, 1, 128, 64), (1, 20, 1, 1, 40, 24), (1, 70, 60, 60, 80, 256)]
+SMALL = [(1, 130, 2, 1, 64, 64), (1, 136, 1, 1, 128, 64), (1, 20, 1, 1, 40, 24), (1, 136, 1, 1, 256, 128)]
+WIDE = (1, 70, 60, 60, 80, 256)
 TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
 STRONG_TOLERANCE = {"bfloat16": 5e-3, "float16": 4e-3}
-SHAPES = [(8, 2048, 16, 128, 128), (2, 8192, 16, 64, 128), (8, 2048, 4, 128, 256), (2, 192, 2, 32, 64)]
+SHAPES = [
+    (8, 2048, 16, 128, 128),
+    (2, 8192, 16, 64, 128),
+    (8, 2048, 4, 128, 256),
+    (8, 2048, 4, 256, 512),
+    (2, 192, 2, 32, 64),
+]
 # Numpy, which the interpreter computes with, warns of sums of -inf that the kernel makes to find them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -37,7 +46,7 @@ def test_every_gate_strength(kind):
     check(interpreted, kind, *SMALL[0])
 
 
-@pytest.mark.parametrize("shape", SMALL[1:3], ids=str)
+@pytest.mark.parametrize("shape", SMALL[1:], ids=str)
 @pytest.mark.parametrize("kind", ["mild", "mixed"])
 def test_shapes(kind, shape):
     check(interpreted, kind, *shape)
@@ -52,6 +61,11 @@ def test_two_matmul_warpgroups(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["mild", "late"])
 def test_float16(kind):
     check(interpreted, kind, 1, 130, 1, 1, 64, 64, dtype="float16")
+
+
+@pytest.mark.parametrize("kind", ["mild", "mixed", "resets"])
+def test_float32_gates(kind):
+    check(interpreted, kind, 1, 130, 1, 1, 64, 64, gate_dtype="float32")
 
 
 @pytest.mark.parametrize("shape", [(1, 70, 1, 64, 64), (1, 100, 1, 128, 64)], ids=str)
@@ -82,7 +96,7 @@ def test_lowers_for_an_h100(shape, dtype, states):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_a_gate_a_token_lowers(shape):
     b, t, h, k, v = shape
     wide, values = (jax.ShapeDtypeStruct((b, t, h, n), "bfloat16") for n in (k, v))
@@ -104,6 +118,7 @@ def test_why_unsupported():
     assert why(platform="hopper") == "supported"
     assert "float32" in why("float32", platform="hopper")
     assert "257" in why(k=257, platform="hopper")
+    assert why(k=256, platform="hopper") == "supported"
     assert "cu_seqlens" in why(own_states=True, platform="hopper")
     assert "Hopper" in why(platform="cpu")
     if jax.default_backend() == "cpu":
@@ -111,18 +126,30 @@ def test_why_unsupported():
 
 
 def test_config_is_checked():
+    good = choose_forward(64, 128, 32, jnp.dtype("bfloat16"))
     with pytest.raises(ValueError, match="registers"):
-        ForwardConfig(1, 1, 1, 1, 2, matmul_registers=256, gate_registers=256)
+        dataclasses.replace(good, gate_registers=256)
     with pytest.raises(ValueError, match="must divide"):
-        ForwardConfig(1, 1, 2, 2, 2, matmul_registers=104, gate_registers=104)
-    with pytest.raises(ValueError, match="take turns"):
-        ForwardConfig(1, 1, 2, 1, 3, matmul_registers=104, gate_registers=104)
+        dataclasses.replace(good, block_gaters=2)
+    with pytest.raises(ValueError, match="qk_slots=3 must be a multiple of 2"):
+        dataclasses.replace(good, qk_slots=3)
     assert choose_forward(128, 128, 128, jnp.dtype("bfloat16")) != choose_forward(128, 128, 32, jnp.dtype("bfloat16"))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(2, 1000, 4, 2, 64, 128), (2, 300, 60, 60, 128, 128), (2, 300, 2, 1, 256, 512)], ids=str
+)
+@pytest.mark.parametrize("kind", GATES)
+def test_float32_gates_on_the_gpu(kind, shape):
+    check(jax.jit(forward, static_argnums=(4, 6)), kind, *shape, gate_dtype="float32")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [*SMALL, (2, 1000, 4, 2, 64, 128), (2, 300, 60, 60, 128, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SMALL, WIDE, (2, 1000, 4, 2, 64, 128), (2, 300, 60, 60, 128, 128), (2, 300, 2, 1, 256, 512)], ids=str
+)
 @pytest.mark.parametrize("kind", GATES)
 def test_on_the_gpu(kind, shape, dtype):
     check(jax.jit(forward, static_argnums=(4, 6)), kind, *shape, dtype=dtype)
@@ -141,7 +168,9 @@ def test_a_gate_a_token_on_the_gpu(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("shape", [(2, 1000, 4, 64, 128), (2, 1000, 8, 128, 128), (2, 1000, 60, 128, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 1000, 4, 64, 128), (2, 1000, 8, 128, 128), (2, 1000, 60, 128, 128), (2, 500, 2, 256, 512)], ids=str
+)
 def test_same_bits_from_run_to_run(shape, kind):
     q, k, v, g, state = arguments(kind, *shape)
     run = jax.jit(lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True))
