@@ -174,7 +174,9 @@ def _mosaic_gpu(q, k, v, g, state, scale, cu, output_final_state):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kernel_forward(scale, output_final_state, q, k, v, g, state):
-    return pallas.forward(q, k, v, g, scale, state, output_final_state)
+    results = pallas.forward(q, k, v, g, scale, state, output_final_state)
+    # A kernel's results vary over no axis of a shard_map, whatever its arguments do.
+    return vary_alike((results, q))[0]
 
 
 def _kernel_forward_fwd(scale, output_final_state, *arguments):
@@ -185,10 +187,10 @@ def _kernel_forward_bwd(scale, output_final_state, arguments, cotangents):
     def run(q, k, v, g, state):
         if state is None:
             state = jnp.zeros((*k.shape[:1], *k.shape[2:], v.shape[-1]), jnp.float32)
-        o, final = _xla(q, k, v, g, state, scale, None, output_final_state)
+        o, final = _xla(*vary_alike((q, k, v, g, state)), scale, None, output_final_state)
         return o, final if output_final_state else None
 
-    _, pull = jax.vjp(run, *vary_alike(arguments))
+    _, pull = jax.vjp(run, *arguments)
     return pull(cotangents)
 
 

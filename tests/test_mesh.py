@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gla_jax import gated_linear_attention
+from gla_jax import gated_linear_attention, pallas
 
 from .cases import arguments, expected, relative
 
@@ -161,3 +161,29 @@ def test_time_sharded_on_an_explicit_axis_is_refused():
         q = jax.device_put(x.q, NamedSharding(mesh, P(None, "batch")))
         with pytest.raises(ValueError, match="q may be sharded over batch and heads"):
             gated_linear_attention(q, *placed[1:4])
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_the_gpu_kernel_is_traced_a_shard_each(axis_type, monkeypatch):
+    """A kernel's results vary over the axes that its arguments vary over, and so do all gradients."""
+    monkeypatch.setattr(pallas, "why_unsupported", functools.partial(pallas.why_unsupported, platform="hopper"))
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    spec = P("data", None, "tensor")
+
+    def gradients(q, k, v, g):
+        def loss(*arguments):
+            o, state = gated_linear_attention(*arguments, implementation="mosaic_gpu", output_final_state=True)
+            return o.astype(jnp.float32).sum() + state.sum()
+
+        return jax.grad(loss, (0, 1, 2, 3))(q, k, v, g)
+
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, spec) if axis_type == AxisType.Explicit else None
+        q = jax.ShapeDtypeStruct((8, 128, 4, 64), jnp.bfloat16, sharding=sharding)
+        g = jax.ShapeDtypeStruct(q.shape, jnp.float32, sharding=sharding)
+        if axis_type == AxisType.Auto:
+            with pytest.raises(ValueError, match="Explicit mesh axes or inside shard_map"):
+                jax.jit(gradients).trace(q, q, q, g)
+            gradients = jax.shard_map(gradients, in_specs=(spec,) * 4, out_specs=spec)
+        jaxpr = str(jax.jit(gradients).trace(q, q, q, g).jaxpr)
+    assert "mpmd_map" in jaxpr

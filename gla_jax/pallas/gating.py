@@ -201,8 +201,9 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
             _add_strong(jnp.where(_in_lower(), x, 0.0), tools)
         _gate_with_resets(q, k, g, factors, tools, mild, bool(a))
         done_with_g()
-        # After a barrier: all warps have read it.
+        # Between barriers: all warps have read what it was.
         tools.number[1] = jnp.int32(1)
+        plgpu.commit_smem()
         return tuple(nothing(x.dtype) for x in a)
 
     moved = lax.cond(is_mild, centred, strong, *(() if a is None else (a,)))
