@@ -1,6 +1,11 @@
 """Flax NNX modules: the gated linear attention layer, the GLA language model, generation."""
 
-from gla_jax.nn.attention import GatedLinearAttention
+from gla_jax.nn.attention import (
+    GatedLinearAttention,
+    GatedLinearAttentionConfig,
+    SimpleGatedLinearAttention,
+    SimpleGatedLinearAttentionConfig,
+)
 from gla_jax.nn.block import GLABlock
 from gla_jax.nn.config import GLAConfig
 from gla_jax.nn.conv import ShortConvolution
@@ -16,9 +21,12 @@ __all__ = [
     "GLAConfig",
     "GLAForCausalLM",
     "GatedLinearAttention",
+    "GatedLinearAttentionConfig",
     "LayerNorm",
     "RMSNorm",
     "ShortConvolution",
+    "SimpleGatedLinearAttention",
+    "SimpleGatedLinearAttentionConfig",
     "SwiGLU",
     "create_sharded",
     "generate",

@@ -1,14 +1,12 @@
 """One layer of the model: mixing over time, then the MLP."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.attention import Implementation
-from gla_jax.nn.attention import GatedLinearAttention
 from gla_jax.nn.config import GLAConfig
 from gla_jax.nn.mlp import SwiGLU
 from gla_jax.nn.norm import RMSNorm
@@ -30,7 +28,8 @@ class GLABlock(nnx.Module):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
-        self.mixer = _mixer(config, **common)
+        mixing = {"norm_eps": config.norm_eps, "init_std": config.init_std, "implementation": config.implementation}
+        self.mixer: Any = config.mixers[0].build(config.hidden_size, **mixing, **common)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width, init_std=config.init_std, **common)
 
@@ -56,27 +55,3 @@ class GLABlock(nnx.Module):
 
     def _feed_forward(self, y: Array) -> Array:
         return y + self.mlp(self.mlp_norm(y))
-
-
-def _mixer(config: GLAConfig, **common: Any) -> GatedLinearAttention:
-    return GatedLinearAttention(
-        config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        expand_k=config.expand_k,
-        expand_v=config.expand_v,
-        gate_low_rank=config.gate_low_rank,
-        gate_normalizer=config.gate_normalizer,
-        gate_clamp=config.gate_clamp,
-        conv_size=config.conv_size,
-        conv_bias=config.conv_bias,
-        feature_map=config.feature_map,
-        output_gate=config.output_gate,
-        output_gate_bias=config.output_gate_bias,
-        output_norm=config.output_norm,
-        output_norm_affine=config.output_norm_affine,
-        norm_eps=config.norm_eps,
-        init_std=config.init_std,
-        implementation=cast(Implementation | None, config.implementation),
-        **common,
-    )

@@ -1,6 +1,7 @@
 """Continue prompts: parallel prefill in bounded memory, then one token at a time from a cache of constant size."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,8 +55,9 @@ def generate(
     """
     prompt, lengths = _checked_prompt(prompt, prompt_lengths, max_new_tokens, prefill_chunk)
     draw, top_k = _checked_draw(key, temperature, top_k, top_p)
+    stops = _checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
-    return _generate(graphdef, params, prompt, lengths, draw, max_new_tokens, top_k, tuple(stop_tokens), prefill_chunk)
+    return _generate(graphdef, params, prompt, lengths, draw, max_new_tokens, top_k, stops, prefill_chunk)
 
 
 def stream(
@@ -77,7 +79,7 @@ def stream(
     """
     prompt, lengths = _checked_prompt(prompt, prompt_lengths, max_new_tokens, prefill_chunk)
     draw, top_k = _checked_draw(key, temperature, top_k, top_p)
-    stop_tokens = tuple(stop_tokens)
+    stop_tokens = _checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
 
     def tokens() -> Iterator[np.ndarray]:
@@ -124,15 +126,17 @@ class _Draw(NamedTuple):
     top_p: float | None
 
 
-def _checked_prompt(prompt: Any, lengths: Any, max_new_tokens: int, prefill_chunk: int) -> tuple[Array, Array | None]:
+def _checked_prompt(prompt: Any, lengths: Any, max_new_tokens: Any, prefill_chunk: Any) -> tuple[Array, Array | None]:
     prompt = jnp.asarray(prompt)
     if prompt.ndim != 2 or 0 in prompt.shape or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(f"prompt: must be integers [b, t], b and t >= 1, got {prompt.dtype} {list(prompt.shape)}")
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+        if not _is_integer(value) or value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value!r}")
     if lengths is not None:
         lengths, (b, t) = jnp.asarray(lengths), prompt.shape
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise ValueError(f"prompt_lengths: must be integers, got {lengths.dtype}")
         if lengths.shape != (b,):
             raise ValueError(f"prompt_lengths: must have shape [b] = [{b}], got {list(lengths.shape)}")
         if not isinstance(lengths, jax.core.Tracer) and (lengths.min() < 1 or lengths.max() > t):
@@ -140,20 +144,33 @@ def _checked_prompt(prompt: Any, lengths: Any, max_new_tokens: int, prefill_chun
     return prompt.astype(jnp.int32), lengths
 
 
-def _checked_draw(
-    key: Array | None, temperature: float, top_k: int | None, top_p: float | None
-) -> tuple[_Draw, int | None]:
-    if not temperature >= 0:
-        raise ValueError(f"temperature: must be 0 (the likeliest token) or positive, got {temperature}")
+def _checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_Draw, int | None]:
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: must be 0 (the likeliest token) or positive, got {temperature!r}")
     if temperature > 0 and key is None:
         raise ValueError("key: a temperature above 0 needs a jax.random.key, got None")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: must be at least 1 or None, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p}")
+    if top_k is not None and (not _is_integer(top_k) or top_k < 1):
+        raise ValueError(f"top_k: must be at least 1 or None, got {top_k!r}")
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p!r}")
     if temperature == 0:
         return _Draw(None, None, None), None
     return _Draw(key, temperature, top_p), top_k
+
+
+def _checked_stops(stop_tokens: Any) -> tuple[int, ...]:
+    tokens = np.asarray(() if stop_tokens is None else list(stop_tokens) if np.iterable(stop_tokens) else stop_tokens)
+    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise ValueError(f"stop_tokens: must be a sequence of integers, got {stop_tokens!r}")
+    return tuple(tokens.tolist())
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _is_number(x: Any) -> bool:
+    return _is_integer(x) or isinstance(x, float | np.floating)
 
 
 def _prefill(model: Any, prompt: Array, lengths: Array | None, piece: int) -> tuple[Array, Any]:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from gla_jax.nn import GLAConfig, GLAForCausalLM
-from gla_jax.nn.config import check_type
+from gla_jax.nn.checked import check_type
 
 PRESETS = {"tiny": 902_784, "gla_340m": 341_707_776, "gla_1_3b": 1_365_514_240, "gla_2_7b": 2_703_583_744}
 
@@ -77,6 +77,8 @@ def test_types_are_checked(declared, value, allowed):
         ("remat", "everything", "one of none, dots, full"),
         ("layer_unroll", 0, "at least 1, got 0"),
         ("implementation", "cuda", "one of None, "),
+        ("norm_eps", float("inf"), "must be finite, got inf"),
+        ("gate_clamp", float("-inf"), "must be finite, got -inf"),
     ],
 )
 def test_a_bad_field_is_named_in_one_line(field, value, says):

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from flax import nnx
 
 from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, stream
-from gla_jax.nn.generate import _generate, sample
+from gla_jax.nn.generate import _checked_draw, _checked_prompt, _checked_stops, _generate, sample
 
 from .options import OPTIONS, build, forward, tokens
 
@@ -161,4 +163,28 @@ def test_bad_arguments_are_named(model, function, arguments, says):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the text is compared below
         function(model, **arguments)
     assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: _checked_prompt([[1]], None, 2.5, 8), "max_new_tokens: must be at least 1, got 2.5"),
+        (lambda: _checked_prompt([[1]], None, True, 8), "max_new_tokens: must be at least 1, got True"),
+        (lambda: _checked_prompt([[1]], None, 1, "8"), "prefill_chunk: must be at least 1, got '8'"),
+        (lambda: _checked_prompt([[1]], [1.0], 1, 8), "prompt_lengths: must be integers, got float32"),
+        (lambda: _checked_draw(None, "hot", None, None), "temperature: must be 0 (the likeliest token) or positive"),
+        (lambda: _checked_draw(None, np.inf, None, None), "temperature: must be 0 (the likeliest token) or positive"),
+        (lambda: _checked_draw(None, 1.0, 1.5, None), "key: a temperature above 0 needs"),
+        (lambda: _checked_draw(0, 1.0, 1.5, None), "top_k: must be at least 1 or None, got 1.5"),
+        (lambda: _checked_draw(0, 1.0, None, "0.9"), "top_p: must be above 0 and at most 1, or None, got '0.9'"),
+        (lambda: _checked_stops(7), "stop_tokens: must be a sequence of integers, got 7"),
+        (lambda: _checked_stops(("a",)), "stop_tokens: must be a sequence of integers, got ('a',)"),
+        (lambda: _checked_stops([0.5]), "stop_tokens: must be a sequence of integers, got [0.5]"),
+    ],
+)
+def test_wrong_types_are_named(call, says):
+    # The checks by themselves: while tests run, beartype would refuse most of these values at `generate` first.
+    with pytest.raises(ValueError, match="^" + re.escape(says)) as error:
+        call()
     assert "\n" not in str(error.value)
