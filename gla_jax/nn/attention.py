@@ -123,7 +123,7 @@ class SimpleGatedLinearAttentionConfig(ProjectedConfig):
 
 
 class SimpleGatedLinearAttention(ProjectedLayer):
-    """Simple GLA, or Gated RetNet: one decay a head and token (arXiv 2312.06635, table 1; arXiv 2405.05254, section 3).
+    """Simple GLA, or Gated RetNet: one decay a head and token (arXiv 2312.06635, table 1; arXiv 2405.05254).
 
         q, k, v = x W_q, x W_k, x W_v          (each through a short convolution with silu, if conv_size > 0)
         g = logsigmoid(x W_g + b) / gate_normalizer      (a number a head)

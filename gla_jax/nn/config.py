@@ -5,14 +5,20 @@ from typing import get_args
 
 from gla_jax.attention import Implementation
 from gla_jax.nn.attention import GatedLinearAttentionConfig
-from gla_jax.nn.checked import Checked
+from gla_jax.nn.checked import Checked, check_type
+from gla_jax.nn.mamba import MambaConfig
 from gla_jax.nn.mlp import mlp_width
+from gla_jax.nn.norm import LayerNorm, RMSNorm
 from gla_jax.nn.recurrent import MixerConfig, head_width
+from gla_jax.nn.retention import RetentionConfig
+from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
 
-__all__ = ["DTYPES", "REMAT_POLICIES", "GLAConfig", "ModelConfig"]
+__all__ = ["DTYPES", "MLPS", "NORMS", "REMAT_POLICIES", "CausalLMConfig", "GLAConfig", "ModelConfig"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "full")
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+MLPS = ("swiglu", "channel_mix", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +67,111 @@ class ModelConfig(Checked):
         raise NotImplementedError
 
     @property
+    def norms(self) -> str:
+        """Norm of the residual stream: rms or layer."""
+        return "rms"
+
+    @property
+    def norms_embedding(self) -> bool:
+        """Whether the embedding is normalised before the first block."""
+        return False
+
+    @property
+    def feed_forward(self) -> str:
+        """What a block has after its mixer: swiglu, channel_mix or none."""
+        return "swiglu"
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of the MLP."""
+        if self.mlp_size is None and self.feed_forward == "channel_mix":
+            return -(-int(self.hidden_size * 3.5) // 32) * 32  # RWKV-6's
         return mlp_width(self.hidden_size, self.mlp_ratio) if self.mlp_size is None else self.mlp_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLMConfig(ModelConfig):
+    """A language model of any of the layers, or of a pattern of them.
+
+    `mixer` is the config of one kind of layer, or a tuple of configs that repeats over the layers: three
+    `GatedLinearAttentionConfig`s and a `SoftmaxAttentionConfig(window=1024)` make every fourth layer attend. A pattern
+    must repeat a whole number of times; one as long as the model gives every layer its own.
+    """
+
+    mixer: MixerConfig | tuple[MixerConfig, ...]
+    """What mixes tokens over time."""
+    norm: str = "rms"
+    """Norm of the residual stream: rms or layer."""
+    embed_norm: bool = False
+    """Whether the embedding is normalised before the first block."""
+    mlp: str = "swiglu"
+    """What a block has after its mixer: swiglu, channel_mix (RWKV-6) or none (Mamba)."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names a field out of its range."""
+        super().check()
+        self._one_of("norm", tuple(NORMS))
+        self._one_of("mlp", MLPS)
+        check_type("embed_norm", "bool", self.embed_norm)
+        if not self.mixers or not all(isinstance(mixer, MixerConfig) for mixer in self.mixers):
+            raise ValueError(f"mixer: must be a layer's config, or a tuple of them, got {self.mixer!r}")
+        if self.num_layers % len(self.mixers):
+            raise ValueError(
+                f"mixer: a pattern of {len(self.mixers)} layers must divide num_layers = {self.num_layers}"
+            )
+
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The pattern, of one config if there is one kind of layer."""
+        return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+
+    @property
+    def norms(self) -> str:
+        """The field `norm`."""
+        return self.norm
+
+    @property
+    def norms_embedding(self) -> bool:
+        """The field `embed_norm`."""
+        return self.embed_norm
+
+    @property
+    def feed_forward(self) -> str:
+        """The field `mlp`."""
+        return self.mlp
+
+    @classmethod
+    def transformer_340m(cls) -> "CausalLMConfig":
+        """The paper's small Transformer++: 341.1 M parameters (tied embeddings)."""
+        mixer = SoftmaxAttentionConfig(num_heads=16)
+        return cls(mixer=mixer, hidden_size=1024, num_layers=24, tie_embeddings=True)
+
+    @classmethod
+    def transformer_1_3b(cls) -> "CausalLMConfig":
+        """The paper's large Transformer++: 1.364 B parameters."""
+        return cls(mixer=SoftmaxAttentionConfig(num_heads=32), hidden_size=2048, num_layers=24)
+
+    @classmethod
+    def retnet_340m(cls) -> "CausalLMConfig":
+        """The paper's small RetNet, with a SwiGLU MLP: 347.4 M parameters (tied embeddings)."""
+        return cls(
+            mixer=RetentionConfig(num_heads=4), hidden_size=1024, num_layers=24, mlp_ratio=2.0, tie_embeddings=True
+        )
+
+    @classmethod
+    def retnet_1_3b(cls) -> "CausalLMConfig":
+        """The paper's large RetNet, with a SwiGLU MLP: 1.352 B parameters."""
+        return cls(mixer=RetentionConfig(num_heads=8), hidden_size=2048, num_layers=24, mlp_ratio=2.0)
+
+    @classmethod
+    def mamba_340m(cls) -> "CausalLMConfig":
+        """The paper's small Mamba, the authors' 370m: 352.8 M parameters with its 32000 tokens (tied embeddings)."""
+        return cls(mixer=MambaConfig(), hidden_size=1024, num_layers=48, mlp="none", norm_eps=1e-5, tie_embeddings=True)
+
+    @classmethod
+    def mamba_1_3b(cls) -> "CausalLMConfig":
+        """The paper's large Mamba, the authors' 1.4b: 1.335 B parameters with its 32000 tokens (tied embeddings)."""
+        return cls(mixer=MambaConfig(), hidden_size=2048, num_layers=48, mlp="none", norm_eps=1e-5, tie_embeddings=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
     "sigmoid": jax.nn.sigmoid,
 }
-OUTPUT_NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+OUTPUT_NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class ProjectedConfig(MixerConfig):
     output_gate_bias: bool = False
     """Whether the output gate has a bias."""
     output_norm: str = "rms"
-    """Norm of each head's output: rms or layer."""
+    """Norm of each head's output: rms, layer or none."""
     output_norm_affine: bool = True
     """Whether that norm has learned parameters."""
 
@@ -95,8 +95,9 @@ class ProjectedLayer(RecurrentLayer):
         if config.output_gate:
             self.out_gate = linear(hidden_size, width, ("embed", "heads"), bias=config.output_gate_bias, **weights)
         self.o_proj = linear(width, hidden_size, ("heads", "embed"), **weights)
-        norm = OUTPUT_NORMS[config.output_norm]
-        self.o_norm = norm(self.head_v, eps=norm_eps, affine=config.output_norm_affine, **common)
+        self.o_norm = nnx.data(None)
+        if (norm := OUTPUT_NORMS[config.output_norm]) is not None:
+            self.o_norm = norm(self.head_v, eps=norm_eps, affine=config.output_norm_affine, **common)
         self.q_conv = self.k_conv = self.v_conv = nnx.data(None)
         if config.conv_size:
 
@@ -119,10 +120,10 @@ class ProjectedLayer(RecurrentLayer):
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
         q = streams["q_conv"].reshape(*x.shape[:-1], self.num_heads, self.head_k)
         k, v = (streams[n].reshape(*x.shape[:-1], self.num_kv_heads, -1) for n in ("k_conv", "v_conv"))
-        if self.feature_map is not None:
+        if self.feature_map in FEATURE_MAPS:
             q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
         return {"q": q, "k": k, "v": v, "g": self._decay(x, layer_input)}
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
-        y = self.o_norm(o).reshape(*x.shape[:-1], -1)
+        y = (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)
         return self.o_proj(y if self.out_gate is None else y * jax.nn.silu(self.out_gate(x)))

@@ -142,7 +142,7 @@ def test_packed_documents_are_strangers():
         ({"num_heads": 5}, "expand_k: hidden_size * expand_k = 24 * 0.5 must be a multiple of num_heads = 5"),
         ({"expand_v": 0.1}, "expand_v: hidden_size * expand_v"),
         ({"feature_map": "exp"}, "feature_map: must be one of None, relu, "),
-        ({"output_norm": "group"}, "output_norm: must be one of rms, layer, got 'group'"),
+        ({"output_norm": "group"}, "output_norm: must be one of rms, layer, none, got 'group'"),
         ({"num_heads": 0}, "num_heads: must be at least 1, got 0"),
         ({"gate_normalizer": 0.0}, "gate_normalizer: must be positive, got 0.0"),
         ({"gate_low_rank": 0}, "gate_low_rank: must be at least 1, got 0"),
