@@ -6,6 +6,11 @@ none of which the library or its tests need:
     pip install torch transformers triton einops safetensors && pip install --no-deps flash-linear-attention fla-core
     python tools/make_family_fixtures.py tests/data/family
 
+    python tools/make_family_fixtures.py --check FOLDER    # FOLDER/*: their classes load it, and give expected.npz
+
+GLA_OFFICIAL=checkout of github.com/berlino/gated_linear_attention adds the paper's first release, whose kernels are
+replaced by the recurrence as flash-linear-attention of that time defined it (scale k^-0.5 besides the layer's own).
+
 A folder a model: config.json and *.safetensors as the peer writes them (bfloat16), and expected.npz with tokens [b, t]
 and the float32 logits [b, t, vocab] of the same weights; for a layer alone (simple_gla, lightning) all in expected.npz.
 """
@@ -14,6 +19,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import json
 import pathlib
 import sys
 import warnings
@@ -110,10 +116,52 @@ def save_layers(folder: pathlib.Path) -> None:
         print(name, tuple(y.shape), f"std {y.std():.3f}")
 
 
+def official() -> Any:
+    """The paper's first release, with its own code for all but the kernel."""
+    sys.path.insert(0, os.environ["GLA_OFFICIAL"])
+    import fla.ops.gla
+
+    for name in ("fused_chunk_gla", "chunk_gla", "fused_recurrent_gla"):
+        setattr(fla.ops.gla, name, getattr(fla.ops.gla, name, None))
+    import gla
+    import gla_model
+
+    def recurrent(q: Any, k: Any, v: Any, g: Any) -> Any:
+        state, out = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3]), []
+        for t in range(q.shape[2]):
+            state = g[:, :, t].exp()[..., None] * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, None] * q.shape[3] ** -0.5 @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    gla.fused_recurrent_gla = recurrent
+    # What transformers asks of a model class has grown since.
+    gla_model.GLAForCausalLM.all_tied_weights_keys = {}
+    config = gla_model.GLAConfig(d_model=32, n_head=2, n_layer=2, vocab_size=SIZES["vocab_size"])
+    return gla_model.GLAForCausalLM(config)
+
+
+@torch.no_grad()
+def check(folder: pathlib.Path) -> None:
+    """That their classes load what lies in each folder, and give the logits beside it."""
+    for path in sorted(p.parent for p in folder.glob("*/expected.npz")):
+        if not (path / "config.json").exists() or "official" in path.name:
+            continue
+        # Some model types have a class on both sides.
+        name = json.loads((path / "config.json").read_text())["architectures"][0]
+        kind = getattr(transformers if path.name.startswith("hf_") else fla.models, name)
+        model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        want = np.load(path / "expected.npz")
+        got = model.eval()(torch.from_numpy(want["tokens"])).logits.numpy()
+        wrong = {key: value for key, value in report.items() if value}
+        ratio = np.sqrt(np.mean((got - want["logits"]) ** 2) / np.mean(want["logits"] ** 2))
+        print(f"{path.name:24s} max {np.abs(got - want['logits']).max():.1e}, rms ratio {ratio:.1e}", wrong or "")
+
+
 def main(folder: pathlib.Path) -> None:
     """All of them, or those named."""
     chosen = sys.argv[2:]
-    for name, model in models().items():
+    made = models() | ({"gla_official": official()} if "GLA_OFFICIAL" in os.environ else {})
+    for name, model in made.items():
         if not chosen or name in chosen:
             torch.manual_seed(len(name) + 7)
             save_model(folder / name, name, model)
@@ -123,4 +171,7 @@ def main(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    if sys.argv[1] == "--check":
+        check(pathlib.Path(sys.argv[2]))
+    else:
+        main(pathlib.Path(sys.argv[1]))

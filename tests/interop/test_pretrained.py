@@ -59,7 +59,7 @@ def test_a_round_trip_gives_the_same_arrays(name, tmp_path):
     before = {n.replace("g_norm.", "g_norm_swish_gate.") if name in FUSED else n: t for n, t in before.items()}
     assert before.keys() - after.keys() <= {"lm_head.weight"}
     for key, tensor in after.items():
-        if tensor.dtype == before[key].dtype and "k_proj" not in key:
+        if name != "gla_official" or "k_proj" not in key:  # scaled on the way
             np.testing.assert_array_equal(tensor.read(), before[key].read(), err_msg=key)
         else:
             np.testing.assert_allclose(tensor.read(), before[key].read(), rtol=1e-2)
