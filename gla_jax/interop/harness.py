@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from gla_jax.interop.scoring import continuation_likelihoods
 from gla_jax.interop.text import Tokenizer
 from gla_jax.nn.generate import generate
 
-__all__ = ["Harness", "make_lm"]
+__all__ = ["Harness", "make_lm", "run_tasks"]
 
 
 class Harness:
@@ -112,3 +113,27 @@ def make_lm(harness: Harness) -> Any:
             return harness.generate_until(requests)
 
     return GLALM()
+
+
+def run_tasks(
+    harness: Harness, tasks: Sequence[str], *, folder: Path | str | None = None, limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """The results of lm-evaluation-harness's tasks, {task: {metric: value}}.
+
+    Args:
+      harness: the model.
+      tasks: their names.
+      folder: of task files (YAML) of your own, whose data sets may be local files; None for those of the package.
+      limit: at most so many documents a task.
+
+    Raises:
+      ModuleNotFoundError: the package lm-eval is missing.
+    """
+    lm_eval, manager = importlib.import_module("lm_eval"), importlib.import_module("lm_eval.tasks").TaskManager
+    found = lm_eval.simple_evaluate(
+        model=make_lm(harness),
+        tasks=list(tasks),
+        limit=limit,
+        task_manager=manager(include_path=None if folder is None else str(folder)),
+    )
+    return found["results"]

@@ -1,6 +1,7 @@
 """Loading and saving checkpoints of other libraries: safetensors and config.json, nothing that could run code."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from gla_jax.interop.configs import from_json, to_json
 from gla_jax.interop.names import LAYOUTS, Place, places
-from gla_jax.nn.config import ModelConfig
+from gla_jax.nn.config import DTYPES, ModelConfig
 from gla_jax.nn.model import CausalLM
 from gla_jax.safetensors import (
     CheckpointError,
@@ -22,7 +23,7 @@ from gla_jax.safetensors import (
     save_checkpoint,
 )
 
-__all__ = ["load_pretrained", "save_pretrained"]
+__all__ = ["convert", "end_of_text", "load_pretrained", "save_pretrained"]
 
 
 def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
@@ -60,28 +61,72 @@ def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
-def save_pretrained(model: CausalLM, folder: Path | str, *, shard_bytes: int = 5_000_000_000) -> None:
+def save_pretrained(
+    model: CausalLM,
+    folder: Path | str,
+    *,
+    dtype: str | None = None,
+    end_of_text: int | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
     """Write a model as the library that has its kind writes it: config.json and safetensors, which that library loads.
 
     Args:
-      model: of a kind that `load_pretrained` reads; arrays keep their dtype, config.param_dtype.
+      model: of a kind that `load_pretrained` reads.
+      dtype: float32, bfloat16 or float16, of the arrays; None for the parameters' own.
       folder: made if it is not there.
+      end_of_text: the token that stands before and after each text, if config.json is to say so.
       shard_bytes: at most this many bytes a file.
 
     Raises:
       CheckpointError: no other library has such a model; the message says which option is ours alone.
     """
-    fields, dialect = to_json(model.config)
+    fields, dialect = to_json(model.config if dtype is None else model.config.replace(param_dtype=dtype))
     flat = {path: param.get_value() for path, param in nnx.to_flat_state(nnx.state(model))}
     arrays = {}
     for place in places(model.config, dialect, {path: value.shape for path, value in flat.items()}):
         value = flat[place.path] if place.row is None else flat[place.path][place.row]
         value = np.asarray(jax.device_get(value))
-        value = value if place.scale == 1 else (value / place.scale).astype(value.dtype)
+        value = (value if place.scale == 1 else value / place.scale).astype(fields["dtype"])
         arrays[place.names[0]] = LAYOUTS[place.layout].theirs(value)
+    if end_of_text is not None:
+        fields |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     folder = Path(folder)
     save_checkpoint(folder, arrays, shard_bytes)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def convert(source: Path | str, target: Path | str, *, dtype: str | None = None) -> None:
+    """Read a checkpoint folder and write the same model in its library's current layout, tokenizer files included.
+
+    Args:
+      source: as `load_pretrained` takes it.
+      target: as `save_pretrained`.
+      dtype: of the arrays written; None for the one that config.json names, or else float32.
+
+    Raises:
+      CheckpointError: as those two.
+    """
+    source, fields = Path(source), read_json(Path(source) / "config.json")
+    dtype = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    save_pretrained(load_pretrained(source), target, dtype=dtype)
+    written = read_json(Path(target) / "config.json")
+    kept = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in fields}
+    (Path(target) / "config.json").write_text(json.dumps(written | kept, indent=2) + "\n", encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, Path(target) / name)
+
+
+def end_of_text(folder: Path | str) -> int:
+    """The token that ends a text, by a checkpoint folder's config.json."""
+    token = read_json(Path(folder) / "config.json").get("eos_token_id")
+    token = token[0] if isinstance(token, list) and token else token
+    if not isinstance(token, int):
+        raise CheckpointError(f"{folder}: config.json has no eos_token_id")
+    return token
 
 
 def _match(folder: Path, wanted: list[Place], there: dict[str, Tensor], config: ModelConfig) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 from gla_jax.nn.generate import stream
 from gla_jax.safetensors import CheckpointError
 
-__all__ = ["Tokenizer", "load_tokenizer", "stream_text"]
+__all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer", "stream_text"]
 
 
 @runtime_checkable
@@ -23,6 +24,18 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
+
+
+class ByteTokenizer:
+    """A token a byte of UTF-8, as `gla-jax train` has it; other tokens, such as its boundary, decode to nothing."""
+
+    def encode(self, sequence: str) -> Any:
+        """Its bytes."""
+        return SimpleNamespace(ids=list(sequence.encode()))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of bytes, with U+FFFD for what is none; 0xFF, which no UTF-8 has, is left out."""
+        return bytes(i for i in ids if i < 0xFF).decode(errors="replace")
 
 
 def load_tokenizer(folder: Path | str) -> Any:
