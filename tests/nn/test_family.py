@@ -195,3 +195,35 @@ def test_bad_options_are_named(name, changes, says):
         make()
     assert str(error.value).startswith(says)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_quarter_of_2000_tokens_then_1500_single_steps(name):
+    # flash-linear-attention's own generation test, with prompts of different lengths; its bound is 2e-3.
+    config = CONFIGS[name].replace(implementation=None)
+    wide = (m.replace(cache_size=2000) if hasattr(m, "cache_size") else m for m in config.mixers)
+    model = build(config.replace(mixer=tuple(wide)))
+    inputs, lengths = tokens(4, 2000), jnp.array([500, 432, 290, 1])
+    position = jnp.arange(2000)[None]
+    ids = jnp.where(position >= 500 - lengths[:, None], 0, -1)
+    # Each row's tokens from its left end: causal, so that zeros at the right change nothing.
+    whole = jnp.take_along_axis(inputs, jnp.minimum(position + 500 - lengths[:, None], 1999), 1)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        logits, cache = model.prefill(inputs[:, :500], model.init_cache(4), ids[:, :500])
+
+        def step(cache, token):
+            logits, cache = model.step(token, cache)
+            return cache, logits
+
+        _, rest = jax.lax.scan(step, cache, inputs[:, 500:].T)
+        return jnp.concatenate([logits[:, None], jnp.moveaxis(rest, 0, 1)], 1), model(whole)
+
+    made, full = run(params)
+    expected = jnp.take_along_axis(full, (lengths[:, None] - 1 + jnp.arange(1501))[..., None], 1)
+    worst = max(ratio(a, b) for a, b in zip(made, expected, strict=True))
+    assert worst < 2e-3
