@@ -74,9 +74,7 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
         return found
     if (folder / SINGLE).is_file():
         return _read_header(folder / SINGLE)
-    raise CheckpointError(
-        f"{folder}: has neither {SINGLE} nor {INDEX}; other formats, which may run code, are not read"
-    )
+    raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}, and pickles are not read")
 
 
 def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray], shard_bytes: int = 5_000_000_000) -> None:

@@ -1,7 +1,7 @@
 """Softmax attention with rotary positions and a cache of a fixed number of tokens."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,15 @@ class SoftmaxAttentionConfig(MixerConfig):
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values have a bias."""
 
+    kernel: str | None = None
+    """Of `jax.nn.dot_product_attention` over whole sequences: xla, cudnn (NVIDIA GPUs, half precision), None for JAX's
+    choice. Packed sequences, prefill and steps take JAX's choice."""
+
     def check(self) -> None:
         """Raises a ValueError that names a field out of its range."""
         self._at_least(1, "num_heads", "cache_size")
         self._positive("rope_theta")
+        self._one_of("kernel", (None, "xla", "cudnn"))
         for name in ("window", "head_size"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1 or None")
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
@@ -106,9 +111,9 @@ class SoftmaxAttention(nnx.Module):
         q, k, v = self._heads(x, position)
         window = None if self.config.window is None else (self.config.window - 1, 0)
         if segment_ids is None:
-            return self._output(
-                jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window), x.shape
-            )
+            kernel = cast(Any, self.config.kernel)
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, implementation=kernel)
+            return self._output(y, x.shape)
         documents = _documents(segment_ids)
         mask = (documents[:, :, None] == documents[:, None]) & (segment_ids >= 0)[:, None]
         mask &= self._near(position[:, :, None], position[:, None])

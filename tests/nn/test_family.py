@@ -178,6 +178,7 @@ def test_a_bad_mixer_is_named():
         ("softmax", {"num_heads": 3, "num_kv_heads": None}, "num_heads: must divide hidden_size = 32, got 3"),
         ("softmax", {"num_kv_heads": 3}, "num_kv_heads: must divide num_heads = 4, got 3"),
         ("softmax", {"head_size": 3}, "head_size: rotary embedding needs an even head width, got 3"),
+        ("softmax", {"kernel": "flash"}, "kernel: must be one of None, xla, cudnn, got 'flash'"),
         ("window", {"window": 0}, "window: must be at least 1 or None, got 0"),
         ("retention", {"rope_theta": -1.0}, "rope_theta: must be positive or None, got -1.0"),
         ("retention", {"num_heads": 32}, "expand_k: rotary embedding needs an even head width, got 1"),
