@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gla_jax.nn import CausalLM, generate
+from gla_jax.nn import DEFAULT_RULES, CausalLM, generate
 
 from .family import CONFIGS, model_of
 from .options import build, forward, lengths_as_ids, prefill, step, tokens
 
+# A test of numbers alone runs on one model of each kind.
+KINDS = sorted(
+    CONFIGS.keys() - {"linear, normalised", "retention, no positions", "hgrn2, convolved", "window", "hybrid"}
+)
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -69,7 +73,7 @@ def test_packed_documents_are_strangers(name):
     np.testing.assert_allclose(logits, forward(model, again)[:, 11], **CLOSE)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_parameter_has_a_gradient_that_is_finite(name):
     model, inputs = build(CONFIGS[name]), tokens(2, 12)
     graphdef, params = nnx.split(model)
@@ -84,7 +88,7 @@ def test_every_parameter_has_a_gradient_that_is_finite(name):
         assert np.abs(values).max() > 0, path
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_low_precision_is_near_float32(name):
     inputs = tokens(2, 30)
     wide = forward(build(CONFIGS[name]), inputs)
@@ -228,3 +232,13 @@ def test_a_quarter_of_2000_tokens_then_1500_single_steps(name):
     expected = jnp.take_along_axis(full, (lengths[:, None] - 1 + jnp.arange(1501))[..., None], 1)
     worst = max(ratio(a, b) for a, b in zip(made, expected, strict=True))
     assert worst < 2e-3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_names_its_axes(name):
+    model = nnx.eval_shape(lambda: CausalLM(CONFIGS[name], rngs=nnx.Rngs(0)))
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        names = param.get_metadata()["out_sharding"]
+        assert len(names) == len(param.shape), path
+        assert set(names) <= {None, *DEFAULT_RULES}, path
+        assert (names[0] == "layers") == (path[0] == "layers"), path
