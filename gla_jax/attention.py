@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gla_jax import checks, pallas, segments
-from gla_jax.array_types import Array, Gate, Ids, Int, Key, Query, State, Value
+from gla_jax import checks, exclusive, pallas, segments
+from gla_jax.array_types import Array, Bonus, Gate, Ids, Int, Key, Query, State, Value
 from gla_jax.chunked import chunked, plan
 from gla_jax.mesh import runs_on_one_device, shard_by_arguments, vary_alike
 from gla_jax.reference import recurrence
@@ -23,6 +23,7 @@ def gated_linear_attention(
     v: Value,
     g: Gate | None = None,
     *,
+    bonus: Bonus | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
     output_final_state: bool = False,
@@ -35,6 +36,9 @@ def gated_linear_attention(
 
         S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
 
+    or, with a bonus u, o_t = scale * q_t (S_{t-1} + Diag(u) k_t^T v_t): the state is read before the token is written,
+    and the token reads itself through u alone (RWKV-6, arXiv 2404.05892, section 4.2).
+
     (arXiv 2312.06635, equation 3.) Every gate is exact, in the output and in every gradient: logarithms of decays are
     only ever added, so that no strength of gate over- or underflows, and g = -inf is a hard reset. Reverse-mode
     derivatives of any order work; forward mode (`jax.jvp`) raises a TypeError for "xla" and works for "reference".
@@ -46,6 +50,7 @@ def gated_linear_attention(
       v: [b, t, hk, v] values, of q's dtype.
       g: natural logarithm of the decay, at most 0, of q's dtype or float32. Its shape says its kind: None (no decay),
         [hk] (a constant a head), [b, t, hk] (a scalar a token), [b, t, hk, k] (a vector a token).
+      bonus: u [hk, k], of q's dtype or float32; None for the first form.
       scale: factor of the output; k**-0.5 if None.
       initial_state: [b, hk, k, v], or [n, hk, k, v] with cu_seqlens; float32 (float64 for float64). Zeros if None.
       output_final_state: whether to return the state after the last token.
@@ -66,9 +71,9 @@ def gated_linear_attention(
     Raises:
       ValueError: an argument has a wrong shape, dtype or value, or the named implementation does not support the call.
     """
-    q, k, v, g, initial_state = checks.as_jax(q, k, v, g, initial_state)
+    q, k, v, g, bonus, initial_state = checks.as_jax(q, k, v, g, bonus, initial_state)
     segment_ids, cu_seqlens = checks.as_jax(segment_ids, cu_seqlens)
-    options = checks.Options(scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
+    options = checks.Options(bonus, scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
     checks.check_call(q, k, v, g, options)
     name = _pick(implementation, q, k, v, g, options)
     return shard_by_arguments(_run, name, options.with_scale(q.shape[-1]), q, k, v, g)
@@ -91,6 +96,7 @@ def which_implementation(
     v: Value | jax.ShapeDtypeStruct,
     g: Gate | jax.ShapeDtypeStruct | None = None,
     *,
+    bonus: Bonus | jax.ShapeDtypeStruct | None = None,
     scale: float | None = None,
     initial_state: State | jax.ShapeDtypeStruct | None = None,
     output_final_state: bool = False,
@@ -105,9 +111,9 @@ def which_implementation(
     Raises:
       ValueError: as the op itself.
     """
-    q, k, v, g, initial_state = checks.as_jax(q, k, v, g, initial_state)
+    q, k, v, g, bonus, initial_state = checks.as_jax(q, k, v, g, bonus, initial_state)
     segment_ids, cu_seqlens = checks.as_jax(segment_ids, cu_seqlens)
-    options = checks.Options(scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
+    options = checks.Options(bonus, scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
     checks.check_call(q, k, v, g, options)
     reasons = {name: why(q, k, v, g, options) for name, (why, _) in _IMPLEMENTATIONS.items()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -134,7 +140,7 @@ def _pick(wanted, q, k, v, g, options) -> str:
 
 def _run(name, options, q, k, v, g):
     """The call with gates, segments and direction brought to the form that implementations read."""
-    scale, state, output_final_state, ids, cu, reverse = options
+    bonus, scale, state, output_final_state, ids, cu, reverse = options
     cu = None if cu is None else cu.astype(jnp.int32)
     if g is not None and g.ndim == 1:
         g = jnp.broadcast_to(g, k.shape[:3])
@@ -146,15 +152,21 @@ def _run(name, options, q, k, v, g):
     stateful = state is not None or output_final_state
     if cu is not None and not stateful:
         cu, ids = None, segments.sequence_ids(cu, q.shape[1])
+    who = exclusive.reads(k.shape[:2], ids, cu)
     if ids is not None:
         q, k, v, g = segments.reset_and_mask(q, k, v, g, ids)
 
     _, run = _IMPLEMENTATIONS[name]
-    if state is None and name != "mosaic_gpu":
+    if state is None and (name != "mosaic_gpu" or bonus is not None):
         sequences = q.shape[0] if cu is None else cu.shape[0] - 1
         state = jnp.zeros((sequences, *k.shape[2:], v.shape[-1]), checks.state_dtype(q.dtype))
-    q, k, v, g, state = vary_alike((q, k, v, g, state))
-    o, state = run(q, k, v, g, state, scale, cu, output_final_state)
+    q, k, v, g, bonus, state = vary_alike((q, k, v, g, bonus, state))
+    if bonus is None:
+        o, state = run(q, k, v, g, state, scale, cu, output_final_state)
+    else:
+        entering = state
+        o, state = run(exclusive.early(q, who), k, v, g, state, scale, cu, output_final_state)
+        o = exclusive.finish(o, who, q, k, v, bonus, entering, scale, cu)
     if reverse:
         o = jnp.flip(o, 1)
         state = state if cu is None else jnp.flip(state, 0)
@@ -187,7 +199,8 @@ def _kernel_forward_bwd(scale, output_final_state, arguments, cotangents):
     def run(q, k, v, g, state):
         if state is None:
             state = jnp.zeros((*k.shape[:1], *k.shape[2:], v.shape[-1]), jnp.float32)
-        o, final = _xla(*vary_alike((q, k, v, g, state)), scale, None, output_final_state)
+        q, k, v, g, state = vary_alike((q, k, v, g, state))
+        o, final = _xla(q, k, v, g, state, scale, None, output_final_state)
         return o, final if output_final_state else None
 
     _, pull = jax.vjp(run, *arguments)

@@ -13,6 +13,7 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 class Options(NamedTuple):
     """The keyword arguments of gated_linear_attention that all implementations read."""
 
+    bonus: Any
     scale: float | None
     initial_state: Any
     output_final_state: bool
@@ -45,6 +46,7 @@ def check_call(q, k, v, g, options: Options) -> None:
         raise ValueError(f"q, k and v must have one length t, got {q.shape[1]}, {time} and {v.shape[1]}")
     kinds = {1: ("hk",), 3: ("b", "t", "hk"), 4: ("b", "t", "hk", "k")}
     _check_gate(g, {n: (", ".join(names), k.shape[:n] if n > 1 else (heads,)) for n, names in kinds.items()}, q.dtype)
+    _check_bonus(options.bonus, (heads, key_dim), q.dtype)
     _check_scale(options.scale)
 
     ids, cu = options.segment_ids, options.cu_seqlens
@@ -73,7 +75,7 @@ def check_call(q, k, v, g, options: Options) -> None:
     _check_state("initial_state", options.initial_state, letter, (sequences, heads, key_dim, v.shape[3]), q.dtype)
 
 
-def check_step(q, k, v, g, state, scale) -> None:
+def check_step(q, k, v, g, state, bonus, scale) -> None:
     """Raises a ValueError for arguments that gated_linear_attention_step cannot take."""
     for name, x, letters in (("q", q, "b, h, k"), ("k", k, "b, hk, k"), ("v", v, "b, hk, v")):
         _check_array(name, x, letters)
@@ -81,6 +83,7 @@ def check_step(q, k, v, g, state, scale) -> None:
     batch, heads, key_dim = k.shape
     kinds = {1: ("hk", (heads,)), 2: ("b, hk", k.shape[:2]), 3: ("b, hk, k", k.shape)}
     _check_gate(g, kinds, q.dtype)
+    _check_bonus(bonus, (heads, key_dim), q.dtype)
     _check_scale(scale)
     if state is None:
         raise ValueError("state must be [b, hk, k, v], got None; start from zeros")
@@ -138,6 +141,16 @@ def _check_state(name, state, letter: str, shape: tuple[int, ...], dtype) -> Non
         raise ValueError(f"{name} must be [{letter}, hk, k, v] = {shape}, got {given}")
     if state.dtype != state_dtype(dtype):
         raise ValueError(f"{name} must be {state_dtype(dtype)}, got {state.dtype}")
+
+
+def _check_bonus(bonus, shape: tuple[int, int], dtype) -> None:
+    if bonus is None:
+        return
+    if not hasattr(bonus, "shape") or not hasattr(bonus, "dtype") or bonus.shape != shape:
+        given = f"shape {bonus.shape}" if hasattr(bonus, "shape") else type(bonus).__name__
+        raise ValueError(f"bonus must be None or [hk, k] = {shape}, got {given}")
+    if bonus.dtype not in (dtype, jnp.float32):
+        raise ValueError(f"bonus must be of q's dtype {dtype} or float32, got {bonus.dtype}")
 
 
 def _check_scale(scale) -> None:

@@ -5,12 +5,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import tyro
 
+    from gla_jax import interop
     from gla_jax.train import InputError, TrainConfig, continue_text, load_model, train
+    from gla_jax.train.corpus import DOCUMENT
 except ModuleNotFoundError as error:
     raise SystemExit(f"gla-jax: {error.name} is missing; install the extra that trains: gla_jax[train]") from None
 
@@ -49,6 +51,38 @@ class SampleConfig:
             raise InputError("argument PROMPT: must be UTF-8 text")
 
 
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Write a trained run, or a checkpoint of another library, as the library that has such models writes it."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of a run, or of a checkpoint: config.json and safetensors."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write: new, or empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the arrays; by default the source's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Score a trained run, or a checkpoint of another library: perplexity by place, and tasks."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of a run, or of a checkpoint: config.json, safetensors and tokenizer.json."""
+    text: Path | None = None
+    """UTF-8 text to score."""
+    block: int = 32768
+    """Tokens that are read on from an empty state."""
+    bucket: int = 2048
+    """Places that are averaged together."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (the package lm-eval)."""
+    task_folder: Path | None = None
+    """Folder with tasks of your own."""
+    limit: int | None = None
+    """At most so many documents a task."""
+
+
 def _train(config: TrainConfig) -> None:
     result = train(config)
     print(f"loss of the last step: {result.loss:.4f}")
@@ -68,6 +102,51 @@ def _sample(config: SampleConfig) -> None:
     _print_stream(continue_text(model, config.prompt, **options))
 
 
+def _convert(config: ConvertConfig) -> None:
+    if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
+        raise InputError(f"argument TARGET: {config.target} must be a new or empty folder")
+    if _is_run(config.source):
+        model: Any = load_model(config.source)
+        interop.save_pretrained(model, config.target, dtype=config.dtype, end_of_text=DOCUMENT)
+    else:
+        interop.convert(config.source, config.target, dtype=config.dtype)
+    print(f"written: {config.target}")
+
+
+def _eval(config: EvalConfig) -> None:
+    if config.text is None and not config.tasks:
+        raise InputError("argument --text or --tasks: give one of them, got neither")
+    for name, value, least in (("block", config.block, 2), ("bucket", config.bucket, 1)):
+        if value < least:
+            raise InputError(f"argument --{name}: must be at least {least}, got {value}")
+    if _is_run(config.model):
+        model, tokenizer, end = load_model(config.model), interop.ByteTokenizer(), DOCUMENT
+    else:
+        model, tokenizer = interop.load_pretrained(config.model), interop.load_tokenizer(config.model)
+        end = interop.end_of_text(config.model)
+    if config.text is not None:
+        try:
+            ids = tokenizer.encode(config.text.read_text(encoding="utf-8")).ids
+        except UnicodeDecodeError:
+            raise InputError(f"argument --text: {config.text} is not UTF-8 text") from None
+        for x in interop.perplexity_by_place(model, [[end, *ids]], block=config.block, bucket=config.bucket):
+            bits = x.loss / math.log(2)
+            print(
+                f"places {x.start} to {x.stop - 1}: perplexity {x.perplexity:.4f}, {bits:.4f} bits, {x.tokens} tokens"
+            )
+    if config.tasks:
+        harness = interop.Harness(model, tokenizer, end)
+        for task, results in interop.run_tasks(
+            harness, config.tasks, folder=config.task_folder, limit=config.limit
+        ).items():
+            for name, value in results.items():
+                print(f"{task} {name}: {value}")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
 def _print_stream(pieces: Any) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -78,6 +157,8 @@ def _print_stream(pieces: Any) -> None:
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
     "train": (TrainConfig, _train, "Train a language model on text; with no flags, on Shakespeare."),
     "sample": (SampleConfig, _sample, "Continue a prompt with a trained model."),
+    "convert": (ConvertConfig, _convert, "Write a model as safetensors that other libraries load."),
+    "eval": (EvalConfig, _eval, "Perplexity by place, and tasks of lm-evaluation-harness."),
 }
 
 
@@ -89,12 +170,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     union: Any = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
-    about = "Gated Linear Attention: training and sampling."
+    about = "Gated Linear Attention: training, sampling, conversion and evaluation."
     try:
         config = tyro.cli(union, prog="gla-jax", description=about, args=arguments)
         command = next(run for kind, run, _ in COMMANDS.values() if kind is type(config))
         command(config)
-    except InputError as error:
+    except ModuleNotFoundError as error:
+        print(f"gla-jax: the package {error.name} is missing", file=sys.stderr)
+        return 2
+    except (InputError, interop.CheckpointError) as error:
         print(f"gla-jax: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the text wants no more of it

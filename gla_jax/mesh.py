@@ -61,12 +61,13 @@ def shard_by_arguments(run, name, options, q, k, v, g):
     tokens = P(batch, None, heads, None)
     gate = None if g is None else {1: P(heads), 3: P(batch, None, heads), 4: tokens}[g.ndim]
     states = P(None if options.cu_seqlens is not None else batch, heads, None, None)
-    arrays = (q, k, v, g, options.initial_state, options.segment_ids, options.cu_seqlens)
-    in_specs = (tokens, tokens, tokens, gate, states, P(batch, None), P(None))
+    arrays = (q, k, v, g, options.bonus, options.initial_state, options.segment_ids, options.cu_seqlens)
+    in_specs = (tokens, tokens, tokens, gate, P(heads, None), states, P(batch, None), P(None))
     in_specs = tuple(None if x is None else spec for x, spec in zip(arrays, in_specs, strict=True))
 
-    def local(q, k, v, g, state, ids, cu):
-        return run(name, options._replace(initial_state=state, segment_ids=ids, cu_seqlens=cu), q, k, v, g)
+    def local(q, k, v, g, bonus, state, ids, cu):
+        given = {"bonus": bonus, "initial_state": state, "segment_ids": ids, "cu_seqlens": cu}
+        return run(name, options._replace(**given), q, k, v, g)
 
     out_specs = (tokens, states if options.output_final_state else None)
     arrays = jax.tree.map(lambda x, spec: jax.reshard(x, spec), arrays, in_specs)

@@ -25,6 +25,7 @@ class Arguments(NamedTuple):
     initial_state: Any
     do: jax.Array
     dstate: Any
+    bonus: Any = None
 
 
 class Tolerance(NamedTuple):
@@ -73,6 +74,7 @@ def arguments(
     states=None,
     cotangents=1.0,
     size=1.0,
+    bonus=False,
 ) -> Arguments:
     """Everything randn, k and v times `size`, cotangents times `cotangents`; gates logsigmoid(randn) / normalizer or g.
 
@@ -99,16 +101,18 @@ def arguments(
         initial_state=normal(states, hk, k, v, scale=size**2, dtype="float32") if states else None,
         do=normal(b, t, h, v, scale=cotangents),
         dstate=normal(states, hk, k, v, scale=cotangents, dtype="float32") if states else None,
+        bonus=normal(hk, k, dtype="float32") if bonus else None,
     )
 
 
 def _apply(x: Arguments, segment_ids, cu_seqlens, *, scale, reverse, implementation):
-    def call(q, k, v, g, initial_state):
+    def call(q, k, v, g, initial_state, bonus):
         o, state = gated_linear_attention(
             q,
             k,
             v,
             g,
+            bonus=bonus,
             scale=scale,
             initial_state=initial_state,
             output_final_state=x.dstate is not None,
@@ -119,7 +123,7 @@ def _apply(x: Arguments, segment_ids, cu_seqlens, *, scale, reverse, implementat
         )
         return o, state
 
-    (o, state), pull = jax.vjp(call, x.q, x.k, x.v, x.g, x.initial_state)
+    (o, state), pull = jax.vjp(call, x.q, x.k, x.v, x.g, x.initial_state, x.bonus)
     return o, state, *pull((x.do, x.dstate))
 
 

@@ -2,8 +2,9 @@
 
     S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
 
-Every head of every row runs by itself: k, v and g are repeated for grouped queries. Where a state enters, where one
-leaves and which tokens count is told token by token, by a plain loop over segment_ids or cu_seqlens.
+or, with a bonus u, o_t = scale * q_t (S_{t-1} + Diag(u) k_t^T v_t). Every head of every row runs by itself: k, v and g
+are repeated for grouped queries. Where a state enters, where one leaves and which tokens count is told token by token,
+by a plain loop over segment_ids or cu_seqlens.
 """
 
 import functools
@@ -26,6 +27,7 @@ class Result(NamedTuple):
     v: Any
     g: Any
     initial_state: Any
+    bonus: Any = None
 
 
 class Tokens(NamedTuple):
@@ -76,12 +78,13 @@ def oracle(
     segment_ids=None,
     cu_seqlens=None,
     reverse=False,
+    bonus=None,
 ) -> Result:
     """What gated_linear_attention should give, and its gradients, for cotangents do and dstate."""
     wide: list[Any] = [
-        None if x is None else np.asarray(x, np.float64) for x in (q, k, v, g, initial_state, do, dstate)
+        None if x is None else np.asarray(x, np.float64) for x in (q, k, v, g, initial_state, do, dstate, bonus)
     ]
-    q, k, v, g, initial_state, do, dstate = wide
+    q, k, v, g, initial_state, do, dstate, bonus = wide
     batch, time, heads, key_dim = q.shape
     scale = key_dim**-0.5 if scale is None else scale
     rows_first = cu_seqlens is None
@@ -99,12 +102,12 @@ def oracle(
     # Short runs take longer to compile than to run.
     run = _QUICK if q.size * v.shape[-1] < 2**24 else _OPTIMIZED
     with jax.enable_x64(True):
-        o, state, grads = run(q, k, v, g, start, scale, tokens, do, dstate, together)
-    dq, dk, dv, dg, dstart = (None if x is None else np.asarray(x) for x in grads)
+        o, state, grads = run(q, k, v, g, start, bonus, scale, tokens, do, dstate, together)
+    dq, dk, dv, dg, dstart, dbonus = (None if x is None else np.asarray(x) for x in grads)
     o, dq, dk, dv = (_time_in(np.asarray(x), reverse) for x in (o, dq, dk, dv))
     dg = dg if dg is None or dg.ndim == 1 else _time_in(dg, reverse)
     state, dstart = (_states_out(np.asarray(x), rows_first, reverse) for x in (state, dstart))
-    return Result(o, state, dq, dk, dv, dg, None if initial_state is None else dstart)
+    return Result(o, state, dq, dk, dv, dg, None if initial_state is None else dstart, dbonus)
 
 
 def _time_in(x, reverse: bool):
@@ -127,11 +130,11 @@ def _states_out(x, rows_first: bool, reverse: bool):
     return x[:, 0] if rows_first else (np.flip(x[0], 0) if reverse else x[0])
 
 
-def _run(q, k, v, g, start, scale, tokens, do, dstate, together):
-    def f(q, k, v, g, start):
-        return _forward(q, k, v, g, start, scale, tokens, together)
+def _run(q, k, v, g, start, bonus, scale, tokens, do, dstate, together):
+    def f(q, k, v, g, start, bonus):
+        return _forward(q, k, v, g, start, bonus, scale, tokens, together)
 
-    (o, state), pull = jax.vjp(f, q, k, v, g, start)
+    (o, state), pull = jax.vjp(f, q, k, v, g, start, bonus)
     return o, state, pull((do, dstate))
 
 
@@ -139,7 +142,7 @@ _OPTIMIZED = jax.jit(_run, static_argnames="together")
 _QUICK = jax.jit(_run, static_argnames="together", compiler_options={"xla_backend_optimization_level": 0})
 
 
-def _forward(q, k, v, g, start, scale, tokens, together):
+def _forward(q, k, v, g, start, bonus, scale, tokens, together):
     batch, time, heads, _ = q.shape
     group = heads // k.shape[2]
     decay = jnp.ones((batch, time, k.shape[2], 1)) if g is None else jnp.exp(g)
@@ -152,7 +155,11 @@ def _forward(q, k, v, g, start, scale, tokens, together):
     tables = _fold(jnp.repeat(jnp.moveaxis(start, 2, 1), group, axis=1), together)  # [lane, states, k, v]
     roles = jax.tree.map(lambda x: _fold(jnp.repeat(jnp.asarray(x)[:, None], heads, 1), together), tokens)
 
-    o, state = jax.lax.map(lambda x: jax.vmap(functools.partial(_lane, scale))(*x), (by_lane, tables, roles))
+    bonuses = None
+    if bonus is not None:
+        bonuses = _fold(jnp.broadcast_to(jnp.repeat(bonus, group, axis=0), (batch, heads, bonus.shape[1])), together)
+    xs = by_lane, tables, roles, bonuses
+    o, state = jax.lax.map(lambda x: jax.vmap(functools.partial(_lane, scale))(*x), xs)
     o = jnp.moveaxis(o.reshape(batch, heads, *o.shape[2:]), 1, 2)
     # A group's heads have one state.
     state = jnp.moveaxis(state.reshape(batch, heads, *state.shape[2:])[:, ::group], 1, 2)
@@ -164,12 +171,15 @@ def _fold(x, together):
     return x.reshape(-1, together, *x.shape[2:])
 
 
-def _lane(scale, tokens, table, roles):
+def _lane(scale, tokens, table, roles, bonus):
     """One head of one row: q, k [t, k], v [t, v], decay [t, k or 1]; table [states, k, v]; no roles for one run."""
     time, states = tokens[0].shape[0], table.shape[0]
     block = max(n for n in range(1, math.isqrt(time) + 1) if time % n == 0)
 
     def update(s, q, k, v, decay):
+        if bonus is not None:
+            own = k[:, None] * v[None, :]
+            return decay[:, None] * s + own, scale * (q @ (s + bonus[:, None] * own))
         s = decay[:, None] * s + k[:, None] * v[None, :]
         return s, scale * (q @ s)
 

@@ -1,6 +1,7 @@
 import pytest
 
 from gla_jax import cli
+from gla_jax.interop import load_pretrained, perplexity_by_place
 
 SMALL = [
     *("--batch=8", "--length=32", "--steps=3", "--eval-every=3", "--sample=8"),
@@ -67,3 +68,47 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
 def test_sample_names_the_flag_that_is_out_of_range(capsys):
     assert cli.main(["sample", "nowhere", "To be", "--length", "0"]) == 2
     assert capsys.readouterr().err == "gla-jax: argument --length: must be at least 1, got 0\n"
+
+
+def test_a_run_is_converted_and_both_score_the_same(tmp_path, capsys):
+    text, run, there = tmp_path / "a.txt", tmp_path / "run", tmp_path / "there"
+    text.write_text("what is past is prologue. " * 50)
+    assert cli.main(["train", f"--run={run}", f"--data={text}", *SMALL]) == 0
+    assert cli.main(["convert", str(run), str(there)]) == 0
+    assert (there / "model.safetensors").exists()
+    capsys.readouterr()
+    scores = ["--text", str(text), "--block=256", "--bucket=100"]
+    assert cli.main(["eval", str(run), *scores]) == 0
+    ours = capsys.readouterr().out
+    assert [line.split(":")[0] for line in ours.splitlines()] == [
+        "places 0 to 99",
+        "places 100 to 199",
+        "places 200 to 255",
+    ]
+    tokens = [255, *text.read_bytes()]
+    (first, *_) = perplexity_by_place(load_pretrained(there), [tokens], block=256, bucket=100)
+    assert ours.startswith(f"places 0 to 99: perplexity {first.perplexity:.2f}")
+    # It has no tokenizer.json, as a model over bytes has none.
+    assert cli.main(["eval", str(there), *scores]) == 2
+    assert capsys.readouterr().err == f"gla-jax: {there}: has no tokenizer.json\n"
+    again = tmp_path / "again"
+    assert cli.main(["convert", str(there), str(again), "--dtype=bfloat16"]) == 0
+    assert (again / "model.safetensors").stat().st_size < 0.6 * (there / "model.safetensors").stat().st_size
+    assert '"eos_token_id": 255' in (again / "config.json").read_text()
+    capsys.readouterr()
+    assert cli.main(["convert", str(there), str(again)]) == 2
+    assert capsys.readouterr().err == f"gla-jax: argument TARGET: {again} must be a new or empty folder\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere"], "argument --text or --tasks: give one of them, got neither"),
+        (["eval", "nowhere", "--text=a", "--block=1"], "argument --block: must be at least 2, got 1"),
+        (["eval", "nowhere", "--text=a"], "nowhere/config.json: no such file"),
+        (["convert", "nowhere", "there"], "nowhere/config.json: no such file"),
+    ],
+)
+def test_errors_of_convert_and_eval_are_one_line(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"gla-jax: {message}\n"

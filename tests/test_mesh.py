@@ -24,12 +24,13 @@ def mesh_of(kind, batch=4, heads=2):
 def vjp(x, ids=None, cu=None):
     """o, the final state and the gradients."""
 
-    def call(q, k, v, g, state):
+    def call(q, k, v, g, state, bonus):
         return gated_linear_attention(
             q,
             k,
             v,
             g,
+            bonus=bonus,
             initial_state=state,
             output_final_state=x.dstate is not None,
             segment_ids=ids,
@@ -37,7 +38,7 @@ def vjp(x, ids=None, cu=None):
             implementation="xla",
         )
 
-    (o, state), pull = jax.vjp(call, x.q, x.k, x.v, x.g, x.initial_state)
+    (o, state), pull = jax.vjp(call, x.q, x.k, x.v, x.g, x.initial_state, x.bonus)
     return o, state, *pull((x.do, x.dstate))
 
 
@@ -46,8 +47,9 @@ def specs_of(x, batch="batch", heads="heads", states="batch"):
     tokens = P(batch, None, heads, None)
     gate = None if x.g is None else {1: P(heads), 3: P(batch, None, heads), 4: tokens}[x.g.ndim]
     state = None if x.initial_state is None else P(states, heads, None, None)
-    arguments = type(x)(tokens, tokens, tokens, gate, state, tokens, None if x.dstate is None else state)
-    results = (tokens, arguments.dstate, tokens, tokens, tokens, gate, state)
+    bonus = None if x.bonus is None else P(heads, None)
+    arguments = type(x)(tokens, tokens, tokens, gate, state, tokens, None if x.dstate is None else state, bonus)
+    results = (tokens, arguments.dstate, tokens, tokens, tokens, gate, state, bonus)
     return arguments, results
 
 
@@ -84,6 +86,13 @@ def test_batch_and_heads(kind, gate):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_constant_gate_sums_its_gradient_over_the_batch(kind):
     x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, gate="head"), mesh_of(kind)
+    specs, results = specs_of(x)
+    check(run(mesh, vjp, place(mesh, x, specs), allowed=["all-reduce"]), expected(x), results, mesh)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_bonus_sums_its_gradient_over_the_batch(kind):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, bonus=True), mesh_of(kind)
     specs, results = specs_of(x)
     check(run(mesh, vjp, place(mesh, x, specs), allowed=["all-reduce"]), expected(x), results, mesh)
 

@@ -42,17 +42,17 @@ def test_cu_seqlens(reverse):
 
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 def test_float64(gate):
-    x = arguments(0, 2, 37, 4, 8, 5, hk=2, gate=gate)
+    x = arguments(0, 2, 37, 4, 8, 5, hk=2, gate=gate, bonus=True)
     want = expected(x)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a, np.float64)) for a in x]
 
-        def call(q, k, v, g, state):
+        def call(q, k, v, g, state, bonus):
             return gated_linear_attention(
-                q, k, v, g, initial_state=state, output_final_state=True, implementation="reference"
+                q, k, v, g, bonus=bonus, initial_state=state, output_final_state=True, implementation="reference"
             )
 
-        (o, state), pull = jax.vjp(call, *wide[:5])
+        (o, state), pull = jax.vjp(call, *wide[:5], wide[7])
         grads = pull((wide[5], wide[6]))
     for name, got in zip(want._fields, (o, state, *grads), strict=True):
         assert got is not None, name

@@ -31,6 +31,19 @@ def test_steps_are_the_recurrence(dtype, gate):
     assert relative(state, want.state) < 2e-6
 
 
+@pytest.mark.parametrize("gate", ["head", "vector"])
+def test_steps_with_a_bonus(gate):
+    x = arguments(0, 3, 20, 4, 8, 5, hk=2, gate=gate, bonus=True)
+    step = jax.jit(gated_linear_attention_step)
+    state, outputs = x.initial_state, []
+    for i in range(20):
+        o, state = step(x.q[:, i], x.k[:, i], x.v[:, i], x.g if gate == "head" else x.g[:, i], state, bonus=x.bonus)
+        outputs.append(o)
+    want = expected(x)
+    assert relative(jnp.stack(outputs, 1), want.o) < 2e-6
+    assert relative(state, want.state) < 2e-6
+
+
 @pytest.mark.parametrize("strength", [-1e-4, -5.0, -50.0, -1e4, -1e37, -np.inf])
 def test_strong_gates(strength):
     x = arguments(0, 2, 1, 2, 8, 5, g=np.where(np.arange(8) % 2, strength, -0.5) * np.ones((2, 1, 2, 1)))

@@ -1,82 +1,78 @@
 """One layer of the model: mixing over time, then the MLP."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.attention import Implementation
-from gla_jax.nn.attention import GatedLinearAttention
-from gla_jax.nn.config import GLAConfig
+from gla_jax.nn.config import NORMS, ModelConfig
 from gla_jax.nn.mlp import SwiGLU
-from gla_jax.nn.norm import RMSNorm
+from gla_jax.nn.recurrent import MixerConfig
+from gla_jax.nn.rwkv6 import ChannelMix
 
-__all__ = ["GLABlock"]
+__all__ = ["Block"]
 
 
-class GLABlock(nnx.Module):
-    """A pre-norm block, Y = X + GLA(norm(X)), then Y + SwiGLU(norm(Y)).
+class Block(nnx.Module):
+    """A pre-norm block, Y = X + mixer(norm(X)), then Y + MLP(norm(Y)); without an MLP, Y alone.
 
     arXiv 2312.06635, section 4.4, where the second line prints "+ X"; the authors' code adds Y, and so do we.
     The block asks of its mixer only `__call__`, `init_cache`, `prefill` and `step`.
 
     Args:
       config: shapes, options and dtypes.
+      mixer: the layer's own, one of config.mixers; None for the first.
     """
 
-    def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, mixer: MixerConfig | None = None, *, rngs: nnx.Rngs):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
-        self.mixer = _mixer(config, **common)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_width, init_std=config.init_std, **common)
+        norm = NORMS[config.norms]
+        self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
+        mixing = {"norm_eps": config.norm_eps, "init_std": config.init_std, "implementation": config.implementation}
+        self.mixer: Any = (mixer or config.mixers[0]).build(config.hidden_size, **mixing, **common)
+        self.mlp: Any = nnx.data(None)
+        if config.feed_forward == "none":
+            return
+        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
+        mlp = SwiGLU if config.feed_forward == "swiglu" else ChannelMix
+        self.mlp = mlp(config.hidden_size, config.mlp_width, init_std=config.init_std, **common)
 
     def init_cache(self, batch_size: int) -> Any:
-        """The mixer's cache before the first token: a pytree of arrays, batch first."""
-        return self.mixer.init_cache(batch_size)
+        """The cache before the first token: the mixer's, a dictionary of arrays, batch first, and a ChannelMix's."""
+        cache = self.mixer.init_cache(batch_size)
+        return {**cache, "mlp": self.mlp.init_cache(batch_size)} if isinstance(self.mlp, ChannelMix) else cache
 
-    def __call__(self, x: Float[Array, "b t d"], segment_ids: Ids | None = None) -> Float[Array, "b t d"]:
-        """The block over whole sequences x [b, t, d]."""
-        return self._feed_forward(x + self.mixer(self.mixer_norm(x), segment_ids))
+    def __call__(
+        self, x: Float[Array, "b t d"], segment_ids: Ids | None = None, layer_input: Any = None
+    ) -> Float[Array, "b t d"]:
+        """The block over whole sequences x [b, t, d]; `layer_input` as its mixer takes it."""
+        y = x + self.mixer(self.mixer_norm(x), segment_ids, layer_input)
+        if isinstance(self.mlp, ChannelMix):
+            return y + self.mlp(self.mlp_norm(y), segment_ids)
+        return self._feed_forward(y)
 
     def prefill(
-        self, x: Float[Array, "b t d"], cache: Any, segment_ids: Ids | None = None
+        self, x: Float[Array, "b t d"], cache: Any, segment_ids: Ids | None = None, layer_input: Any = None
     ) -> tuple[Float[Array, "b t d"], Any]:
         """The block over x [b, t, d] after what the cache has seen, and the cache after x."""
-        y, cache = self.mixer.prefill(self.mixer_norm(x), cache, segment_ids)
-        return self._feed_forward(x + y), cache
+        y, new = self.mixer.prefill(self.mixer_norm(x), cache, segment_ids, layer_input)
+        y = x + y
+        if isinstance(self.mlp, ChannelMix):
+            z, new["mlp"] = self.mlp.prefill(self.mlp_norm(y), cache["mlp"], segment_ids)
+            return y + z, new
+        return self._feed_forward(y), new
 
-    def step(self, x: Float[Array, "b d"], cache: Any) -> tuple[Float[Array, "b d"], Any]:
+    def step(self, x: Float[Array, "b d"], cache: Any, layer_input: Any = None) -> tuple[Float[Array, "b d"], Any]:
         """The block for one token x [b, d], and the cache after it."""
-        y, cache = self.mixer.step(self.mixer_norm(x), cache)
-        return self._feed_forward(x + y), cache
+        y, new = self.mixer.step(self.mixer_norm(x), cache, layer_input)
+        y = x + y
+        if isinstance(self.mlp, ChannelMix):
+            z, new["mlp"] = self.mlp.step(self.mlp_norm(y), cache["mlp"])
+            return y + z, new
+        return self._feed_forward(y), new
 
     def _feed_forward(self, y: Array) -> Array:
-        return y + self.mlp(self.mlp_norm(y))
-
-
-def _mixer(config: GLAConfig, **common: Any) -> GatedLinearAttention:
-    return GatedLinearAttention(
-        config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        expand_k=config.expand_k,
-        expand_v=config.expand_v,
-        gate_low_rank=config.gate_low_rank,
-        gate_normalizer=config.gate_normalizer,
-        gate_clamp=config.gate_clamp,
-        conv_size=config.conv_size,
-        conv_bias=config.conv_bias,
-        feature_map=config.feature_map,
-        output_gate=config.output_gate,
-        output_gate_bias=config.output_gate_bias,
-        output_norm=config.output_norm,
-        output_norm_affine=config.output_norm_affine,
-        norm_eps=config.norm_eps,
-        init_std=config.init_std,
-        implementation=cast(Implementation | None, config.implementation),
-        **common,
-    )
+        return y if self.mlp is None else y + self.mlp(self.mlp_norm(y))

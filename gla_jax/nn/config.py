@@ -1,25 +1,29 @@
 """The language model's configuration."""
 
 import dataclasses
-from typing import Any, get_args
+from typing import get_args
 
 from gla_jax.attention import Implementation
-from gla_jax.nn.attention import FEATURE_MAPS, OUTPUT_NORMS, head_sizes
+from gla_jax.nn.attention import GatedLinearAttentionConfig
+from gla_jax.nn.checked import Checked, check_type
+from gla_jax.nn.mamba import MambaConfig
 from gla_jax.nn.mlp import mlp_width
+from gla_jax.nn.norm import LayerNorm, RMSNorm
+from gla_jax.nn.recurrent import MixerConfig, head_width
+from gla_jax.nn.retention import RetentionConfig
+from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
 
-__all__ = ["DTYPES", "REMAT_POLICIES", "GLAConfig"]
+__all__ = ["DTYPES", "MLPS", "NORMS", "REMAT_POLICIES", "CausalLMConfig", "GLAConfig", "ModelConfig"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "full")
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+MLPS = ("swiglu", "channel_mix", "none")
 
 
-@dataclasses.dataclass(frozen=True)
-class GLAConfig:
-    """A GLA language model (arXiv 2312.06635, section 4.4), in numbers, names and nothing else.
-
-    Fields are plain, so that a config survives JSON (`dataclasses.asdict`, `GLAConfig(**fields)`) and makes flags.
-    Every field is checked when the config is built: a ValueError names the field, what is allowed, and what it got.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Checked):
+    """What every language model has, whatever mixes its tokens over time."""
 
     vocab_size: int = 32000
     """Number of tokens."""
@@ -27,34 +31,6 @@ class GLAConfig:
     """Width of the residual stream."""
     num_layers: int = 24
     """Number of blocks."""
-    num_heads: int = 4
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Heads of keys, values, gates and states; None for as many as query heads."""
-    expand_k: float = 0.5
-    """Width of all keys together, against hidden_size."""
-    expand_v: float = 1.0
-    """Width of all values together, against hidden_size."""
-    gate_low_rank: int = 16
-    """Rank of the gate's projection."""
-    gate_normalizer: float = 16.0
-    """Divides the log decay."""
-    gate_clamp: float | None = None
-    """Least log decay of a token, or None; see `GatedLinearAttention` on when it makes a difference in speed."""
-    conv_size: int = 0
-    """Taps of the short convolutions of queries, keys and values; 0 for none."""
-    conv_bias: bool = False
-    """Whether the short convolutions have a bias."""
-    feature_map: str | None = None
-    """Applied to queries and keys: relu, sqrelu, elu1, silu, gelu, sigmoid, or None."""
-    output_gate: bool = True
-    """Whether swish(x W_r) multiplies the normalised heads."""
-    output_gate_bias: bool = False
-    """Whether the output gate has a bias."""
-    output_norm: str = "rms"
-    """Norm of each head's output: rms or layer."""
-    output_norm_affine: bool = True
-    """Whether that norm has learned parameters."""
     mlp_ratio: float = 4.0
     """MLP width: two thirds of this times hidden_size, rounded up to a multiple of 256."""
     mlp_size: int | None = None
@@ -76,42 +52,148 @@ class GLAConfig:
     implementation: str | None = None
     """Of the op: None for the best there is, or a name (see gated_linear_attention)."""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-            check_type(field.name, declared, getattr(self, field.name))
-        at_least_one = ("vocab_size", "hidden_size", "num_layers", "num_heads", "gate_low_rank", "layer_unroll")
-        for name in at_least_one:
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("expand_k", "expand_v", "gate_normalizer", "mlp_ratio", "norm_eps", "init_std"):
-            self._require(name, getattr(self, name) > 0, "positive")
-        self._require("gate_clamp", self.gate_clamp is None or self.gate_clamp < 0, "negative or None")
-        self._require("conv_size", self.conv_size >= 0, "0 (none) or more")
+    def check(self) -> None:
+        """Raises a ValueError that names a field out of its range."""
+        self._at_least(1, "vocab_size", "hidden_size", "num_layers", "layer_unroll")
+        self._positive("mlp_ratio", "norm_eps", "init_std")
         self._require("mlp_size", self.mlp_size is None or self.mlp_size >= 1, "at least 1 or None")
-        choices = {
-            "feature_map": (None, *FEATURE_MAPS),
-            "output_norm": tuple(OUTPUT_NORMS),
-            "dtype": DTYPES,
-            "param_dtype": DTYPES,
-            "remat": REMAT_POLICIES,
-            "implementation": (None, *get_args(Implementation)),
-        }
-        for name, allowed in choices.items():
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(str, allowed))}")
-        head_sizes(self.hidden_size, self.num_heads, self.num_kv_heads, self.expand_k, self.expand_v)
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT_POLICIES)):
+            self._one_of(name, allowed)
+        self._one_of("implementation", (None, *get_args(Implementation)))
 
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: must be {allowed}, got {getattr(self, name)!r}")
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """Layer i mixes over time as mixers[i % len(mixers)] says."""
+        raise NotImplementedError
+
+    @property
+    def norms(self) -> str:
+        """Norm of the residual stream: rms or layer."""
+        return "rms"
+
+    @property
+    def norms_embedding(self) -> bool:
+        """Whether the embedding is normalised before the first block."""
+        return False
+
+    @property
+    def feed_forward(self) -> str:
+        """What a block has after its mixer: swiglu, channel_mix or none."""
+        return "swiglu"
 
     @property
     def mlp_width(self) -> int:
         """Hidden width of the MLP."""
+        if self.mlp_size is None and self.feed_forward == "channel_mix":
+            return -(-int(self.hidden_size * 3.5) // 32) * 32  # RWKV-6's
         return mlp_width(self.hidden_size, self.mlp_ratio) if self.mlp_size is None else self.mlp_size
 
-    def replace(self, **changes: Any) -> "GLAConfig":
-        """The same config with some fields changed, checked anew."""
-        return dataclasses.replace(self, **changes)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLMConfig(ModelConfig):
+    """A language model of any of the layers, or of a pattern of them.
+
+    `mixer` is the config of one kind of layer, or a tuple of configs that repeats over the layers: three
+    `GatedLinearAttentionConfig`s and a `SoftmaxAttentionConfig(window=1024)` make every fourth layer attend. A pattern
+    must repeat a whole number of times; one as long as the model gives every layer its own.
+    """
+
+    mixer: MixerConfig | tuple[MixerConfig, ...]
+    """What mixes tokens over time."""
+    norm: str = "rms"
+    """Norm of the residual stream: rms or layer."""
+    embed_norm: bool = False
+    """Whether the embedding is normalised before the first block."""
+    mlp: str = "swiglu"
+    """What a block has after its mixer: swiglu, channel_mix (RWKV-6) or none (Mamba)."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names a field out of its range."""
+        super().check()
+        self._one_of("norm", tuple(NORMS))
+        self._one_of("mlp", MLPS)
+        check_type("embed_norm", "bool", self.embed_norm)
+        if not self.mixers or not all(isinstance(mixer, MixerConfig) for mixer in self.mixers):
+            raise ValueError(f"mixer: must be a layer's config, or a tuple of them, got {self.mixer!r}")
+        if self.num_layers % len(self.mixers):
+            raise ValueError(
+                f"mixer: a pattern of {len(self.mixers)} layers must divide num_layers = {self.num_layers}"
+            )
+
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The pattern, of one config if there is one kind of layer."""
+        return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+
+    @property
+    def norms(self) -> str:
+        """The field `norm`."""
+        return self.norm
+
+    @property
+    def norms_embedding(self) -> bool:
+        """The field `embed_norm`."""
+        return self.embed_norm
+
+    @property
+    def feed_forward(self) -> str:
+        """The field `mlp`."""
+        return self.mlp
+
+    @classmethod
+    def transformer_340m(cls) -> "CausalLMConfig":
+        """The paper's small Transformer++: 341.1 M parameters (tied embeddings)."""
+        mixer = SoftmaxAttentionConfig(num_heads=16)
+        return cls(mixer=mixer, hidden_size=1024, num_layers=24, tie_embeddings=True)
+
+    @classmethod
+    def transformer_1_3b(cls) -> "CausalLMConfig":
+        """The paper's large Transformer++: 1.364 B parameters."""
+        return cls(mixer=SoftmaxAttentionConfig(num_heads=32), hidden_size=2048, num_layers=24)
+
+    @classmethod
+    def retnet_340m(cls) -> "CausalLMConfig":
+        """The paper's small RetNet, with a SwiGLU MLP: 347.4 M parameters (tied embeddings)."""
+        return cls(
+            mixer=RetentionConfig(num_heads=4), hidden_size=1024, num_layers=24, mlp_ratio=2.0, tie_embeddings=True
+        )
+
+    @classmethod
+    def retnet_1_3b(cls) -> "CausalLMConfig":
+        """The paper's large RetNet, with a SwiGLU MLP: 1.352 B parameters."""
+        return cls(mixer=RetentionConfig(num_heads=8), hidden_size=2048, num_layers=24, mlp_ratio=2.0)
+
+    @classmethod
+    def mamba_340m(cls) -> "CausalLMConfig":
+        """The paper's small Mamba, the authors' 370m: 352.8 M parameters with its 32000 tokens (tied embeddings)."""
+        return cls(mixer=MambaConfig(), hidden_size=1024, num_layers=48, mlp="none", norm_eps=1e-5, tie_embeddings=True)
+
+    @classmethod
+    def mamba_1_3b(cls) -> "CausalLMConfig":
+        """The paper's large Mamba, the authors' 1.4b: 1.335 B parameters with its 32000 tokens (tied embeddings)."""
+        return cls(mixer=MambaConfig(), hidden_size=2048, num_layers=48, mlp="none", norm_eps=1e-5, tie_embeddings=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GLAConfig(GatedLinearAttentionConfig, ModelConfig):
+    """A GLA language model (arXiv 2312.06635, section 4.4), in numbers, names and nothing else.
+
+    Fields are plain, so that a config survives JSON (`dataclasses.asdict`, `GLAConfig(**fields)`) and makes flags.
+    Every field is checked when the config is built: a ValueError names the field, what is allowed, and what it got.
+    """
+
+    def check(self) -> None:
+        """Raises a ValueError that names a field out of its range."""
+        ModelConfig.check(self)
+        GatedLinearAttentionConfig.check(self)
+        for name in ("expand_k", "expand_v"):
+            head_width(name, self.hidden_size, getattr(self, name), self.num_heads)
+
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """One kind of layer."""
+        names = (field.name for field in dataclasses.fields(GatedLinearAttentionConfig))
+        return (GatedLinearAttentionConfig(**{name: getattr(self, name) for name in names}),)
 
     @classmethod
     def tiny(cls) -> "GLAConfig":
@@ -142,12 +224,3 @@ class GLAConfig:
     def gla_2_7b(cls) -> "GLAConfig":
         """2.704 B parameters, laid out as the checkpoint fla-hub/gla-2.7B-100B."""
         return cls(hidden_size=2560, num_layers=32, num_heads=5)
-
-
-def check_type(name: str, declared: str, value: Any) -> None:
-    """A ValueError if `value` is not of the `declared` type: int, float, bool or str, perhaps with " | None"."""
-    base, *optional = declared.split(" | ")
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
-    fits = isinstance(value, kinds[base]) and (base == "bool" or not isinstance(value, bool))
-    if not (fits or (optional and value is None)):
-        raise ValueError(f"{name}: must be {declared}, got {value!r}")

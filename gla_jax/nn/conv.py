@@ -10,7 +10,7 @@ from jaxtyping import Float
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.sharding import parameter
 
-__all__ = ["ShortConvolution"]
+__all__ = ["ShortConvolution", "TokenShift"]
 
 
 class ShortConvolution(nnx.Module):
@@ -57,7 +57,7 @@ class ShortConvolution(nnx.Module):
 
     def init_cache(self, batch_size: int) -> Float[Array, "b w1 c"]:
         """The w - 1 inputs before the first token, [b, w-1, c]: zeros."""
-        return jnp.zeros((batch_size, self.size - 1, self.channels), self.dtype or self.kernel.dtype)
+        return jnp.zeros((batch_size, self.size - 1, self.channels), self._cache_dtype())
 
     def __call__(self, x: Float[Array, "b t c"], segment_ids: Ids | None = None) -> Float[Array, "b t c"]:
         """Convolve x [b, t, c] over time; segment_ids [b, t] as in `gated_linear_attention`."""
@@ -93,6 +93,9 @@ class ShortConvolution(nnx.Module):
         y = jnp.sum(window * self._taps(x.dtype), 1)
         return self._finish(y, x.dtype), window[:, 1:].astype(cache.dtype)
 
+    def _cache_dtype(self) -> Any:
+        return self.dtype or self.kernel.dtype
+
     def _taps(self, dtype: Any) -> Float[Array, "w c"]:
         return self.kernel[...].astype(self.dtype or dtype)
 
@@ -114,6 +117,25 @@ class ShortConvolution(nnx.Module):
                 shifted = jnp.where(same[..., None], shifted, 0)
             y = y + shifted * taps[-1 - j]
         return self._finish(y, x.dtype)
+
+
+class TokenShift(ShortConvolution):
+    """The token before, y_t = x_{t-1}, and zeros at the start of a document: a convolution without parameters.
+
+    Args:
+      channels: number of channels c.
+      dtype: of the cache; None for float32.
+    """
+
+    def __init__(self, channels: int, *, dtype: Any = None):
+        self.channels, self.size, self.activation, self.dtype = channels, 2, False, dtype
+        self.bias = nnx.data(None)
+
+    def _cache_dtype(self) -> Any:
+        return self.dtype or jnp.float32
+
+    def _taps(self, dtype: Any) -> Float[Array, "w c"]:
+        return jnp.asarray([[1.0], [0.0]], self.dtype or dtype)
 
 
 def _segments(segment_ids: Ids) -> Ids:

@@ -1,6 +1,7 @@
 """Continue prompts: parallel prefill in bounded memory, then one token at a time from a cache of constant size."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from gla_jax.array_types import Array
+from gla_jax.nn.prompt import PromptState, check_count, checked_prompt, is_integer, prefill_in_pieces
 
 __all__ = ["generate", "sample", "stream"]
 
@@ -25,17 +27,19 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     prompt_lengths: Any = None,
+    num_samples: int = 1,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 2048,
-) -> Int[Array, "b new"]:
+) -> Int[Array, "rows new"]:
     """Continue each prompt of a batch by max_new_tokens tokens.
 
     Prompts are read `prefill_chunk` tokens at a time and tokens are then made one by one, in one compiled program whose
     memory depends neither on the prompt's length nor on max_new_tokens (but for the tokens themselves).
 
     Args:
-      model: with `init_cache`, `prefill` and `step`, such as `GLAForCausalLM`.
-      prompt: [b, t] integers, t >= 1; one prompt a row, at the right end of its row.
+      model: with `init_cache`, `prefill` and `step`, such as `CausalLM`.
+      prompt: [b, t] integers, t >= 1; one prompt a row, at the right end of its row. Or the `PromptState` of prompts
+        that `read_prompt` has read.
       max_new_tokens: how many to make, at least 1.
       key: a `jax.random.key`; needed if temperature > 0.
       temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
@@ -43,19 +47,23 @@ def generate(
       top_p: draw only from the fewest tokens that together have this probability, 0 < p <= 1 (after top_k).
       prompt_lengths: [b], how many tokens at the right of each row are its prompt, 1 to t; the rest is padding that
         nothing depends on. None for all of them.
+      num_samples: continuations of each prompt, which is read once; its state is copied. Row i * num_samples + j of the
+        result is the j-th of prompt i.
       stop_tokens: a row ends with the first of these; the rest of the row repeats it.
       prefill_chunk: tokens read at a time, at least 1.
 
     Returns:
-      [b, max_new_tokens] int32: the new tokens, without the prompt.
+      [b * num_samples, max_new_tokens] int32: the new tokens, without the prompt.
 
     Raises:
       ValueError: naming the argument and what is allowed.
     """
-    prompt, lengths = _checked_prompt(prompt, prompt_lengths, max_new_tokens, prefill_chunk)
+    prompt, lengths = _checked_start(prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
     draw, top_k = _checked_draw(key, temperature, top_k, top_p)
+    stops = _checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
-    return _generate(graphdef, params, prompt, lengths, draw, max_new_tokens, top_k, tuple(stop_tokens), prefill_chunk)
+    how = _How(top_k, stops, num_samples, prefill_chunk)
+    return _generate(graphdef, params, prompt, lengths, draw, max_new_tokens, how)
 
 
 def stream(
@@ -68,6 +76,7 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     prompt_lengths: Any = None,
+    num_samples: int = 1,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int = 2048,
 ) -> Iterator[np.ndarray]:
@@ -75,18 +84,20 @@ def stream(
 
     Ends after max_new_tokens, or when every row has met a stop token. Raises at the call, as `generate` does.
     """
-    prompt, lengths = _checked_prompt(prompt, prompt_lengths, max_new_tokens, prefill_chunk)
+    prompt, lengths = _checked_start(prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
     draw, top_k = _checked_draw(key, temperature, top_k, top_p)
-    stop_tokens = tuple(stop_tokens)
+    how = _How(top_k, _checked_stops(stop_tokens), num_samples, prefill_chunk)
     graphdef, params = nnx.split(model)
 
     def tokens() -> Iterator[np.ndarray]:
-        token, done, cache = _first(graphdef, params, prompt, lengths, draw, top_k, stop_tokens, prefill_chunk)
+        # Each step takes the cache before it: a state that was given is the caller's to keep.
+        start = jax.tree.map(jnp.copy, prompt) if isinstance(prompt, PromptState) else prompt
+        token, done, cache = _first(graphdef, params, start, lengths, draw, how)
         yield np.asarray(token)
         for i in range(1, max_new_tokens):
-            if stop_tokens and done.all():
+            if how.stops and done.all():
                 return
-            token, done, cache = _next(graphdef, params, token, done, cache, i, draw, top_k, stop_tokens)
+            token, done, cache = _next(graphdef, params, token, done, cache, i, draw, how)
             yield np.asarray(token)
 
     return tokens()
@@ -124,62 +135,51 @@ class _Draw(NamedTuple):
     top_p: float | None
 
 
-def _checked_prompt(prompt: Any, lengths: Any, max_new_tokens: int, prefill_chunk: int) -> tuple[Array, Array | None]:
-    prompt = jnp.asarray(prompt)
-    if prompt.ndim != 2 or 0 in prompt.shape or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise ValueError(f"prompt: must be integers [b, t], b and t >= 1, got {prompt.dtype} {list(prompt.shape)}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+class _How(NamedTuple):
+    """What is fixed when a program is compiled."""
+
+    top_k: int | None
+    stops: tuple[int, ...]
+    samples: int
+    piece: int
+
+
+def _checked_start(
+    prompt: Any, lengths: Any, max_new_tokens: Any, num_samples: Any, prefill_chunk: Any
+) -> tuple[Any, Array | None]:
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("num_samples", num_samples)
+    if not isinstance(prompt, PromptState):
+        return checked_prompt(prompt, lengths, prefill_chunk)
     if lengths is not None:
-        lengths, (b, t) = jnp.asarray(lengths), prompt.shape
-        if lengths.shape != (b,):
-            raise ValueError(f"prompt_lengths: must have shape [b] = [{b}], got {list(lengths.shape)}")
-        if not isinstance(lengths, jax.core.Tracer) and (lengths.min() < 1 or lengths.max() > t):
-            raise ValueError(f"prompt_lengths: must be from 1 to t = {t}, got {lengths.tolist()}")
-    return prompt.astype(jnp.int32), lengths
+        raise ValueError("prompt_lengths: a state has read its prompts already, so it must be None")
+    check_count("prefill_chunk", prefill_chunk)
+    return prompt, None
 
 
-def _checked_draw(
-    key: Array | None, temperature: float, top_k: int | None, top_p: float | None
-) -> tuple[_Draw, int | None]:
-    if not temperature >= 0:
-        raise ValueError(f"temperature: must be 0 (the likeliest token) or positive, got {temperature}")
+def _checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_Draw, int | None]:
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: must be 0 (the likeliest token) or positive, got {temperature!r}")
     if temperature > 0 and key is None:
         raise ValueError("key: a temperature above 0 needs a jax.random.key, got None")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: must be at least 1 or None, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p}")
+    if top_k is not None and (not is_integer(top_k) or top_k < 1):
+        raise ValueError(f"top_k: must be at least 1 or None, got {top_k!r}")
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p!r}")
     if temperature == 0:
         return _Draw(None, None, None), None
     return _Draw(key, temperature, top_p), top_k
 
 
-def _prefill(model: Any, prompt: Array, lengths: Array | None, piece: int) -> tuple[Array, Any]:
-    """Logits [b, vocab] after the prompts and the cache there, reading at most `piece` tokens at a time."""
-    b, t = prompt.shape
-    cache = model.init_cache(b)
-    pieces = -(-t // piece)
-    if pieces == 1 and lengths is None:
-        return model.prefill(prompt, cache)
-    if pieces > 1:
-        prompt = jnp.pad(prompt, ((0, 0), (pieces * piece - t, 0)))
-    width = prompt.shape[1]
-    ids = jnp.where(jnp.arange(width) < width - (t if lengths is None else lengths[:, None]), -1, 0)
-    ids = jnp.broadcast_to(ids, prompt.shape)
-    if pieces == 1:
-        return model.prefill(prompt, cache, ids)
+def _checked_stops(stop_tokens: Any) -> tuple[int, ...]:
+    tokens = np.asarray(() if stop_tokens is None else list(stop_tokens) if np.iterable(stop_tokens) else stop_tokens)
+    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise ValueError(f"stop_tokens: must be a sequence of integers, got {stop_tokens!r}")
+    return tuple(tokens.tolist())
 
-    def read(carry: tuple[Array, Any], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Any], None]:
-        return model.prefill(inputs[0], carry[1], inputs[1]), None
 
-    def by_piece(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(b, pieces, piece), 1, 0)
-
-    xs = (by_piece(prompt), by_piece(ids))
-    logits = jax.eval_shape(model.step, prompt[:, 0], cache)[0]
-    return jax.lax.scan(read, (jnp.zeros(logits.shape, logits.dtype), cache), xs)[0]
+def _is_number(x: Any) -> bool:
+    return is_integer(x) or isinstance(x, float | np.floating)
 
 
 def _pick(logits: Array, i: Any, draw: _Draw, top_k: int | None) -> Array:
@@ -191,29 +191,35 @@ def _stops(token: Array, stop_tokens: tuple[int, ...]) -> Array:
     return jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros(token.shape, bool)
 
 
-def _advance(model, token, done, cache, i, draw, top_k, stop_tokens):
+def _advance(model, token, done, cache, i, draw, how):
     logits, cache = model.step(token, cache)
-    token = jnp.where(done, token, _pick(logits, i, draw, top_k))
-    return token, done | _stops(token, stop_tokens), cache
+    token = jnp.where(done, token, _pick(logits, i, draw, how.top_k))
+    return token, done | _stops(token, how.stops), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _first(graphdef, params, prompt, lengths, draw, top_k, stop_tokens, piece):
-    logits, cache = _prefill(nnx.merge(graphdef, params), prompt, lengths, piece)
-    token = _pick(logits, 0, draw, top_k)
-    return token, _stops(token, stop_tokens), cache
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _first(graphdef, params, prompt, lengths, draw, how):
+    if isinstance(prompt, PromptState):
+        logits, cache = prompt
+    else:
+        logits, cache = prefill_in_pieces(nnx.merge(graphdef, params), prompt, lengths, None, how.piece)
+    if how.samples > 1:
+        logits = jnp.repeat(logits, how.samples, 0)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, how.samples, 1), cache)
+    token = _pick(logits, 0, draw, how.top_k)
+    return token, _stops(token, how.stops), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=4)
-def _next(graphdef, params, token, done, cache, i, draw, top_k, stop_tokens):
-    return _advance(nnx.merge(graphdef, params), token, done, cache, i, draw, top_k, stop_tokens)
+@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=4)
+def _next(graphdef, params, token, done, cache, i, draw, how):
+    return _advance(nnx.merge(graphdef, params), token, done, cache, i, draw, how)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))
-def _generate(graphdef, params, prompt, lengths, draw, new, top_k, stop_tokens, piece):
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _generate(graphdef, params, prompt, lengths, draw, new, how):
     model = nnx.merge(graphdef, params)
-    token, done, cache = _first(graphdef, params, prompt, lengths, draw, top_k, stop_tokens, piece)
-    out = jnp.zeros((new, prompt.shape[0]), jnp.int32).at[0].set(token)
+    token, done, cache = _first(graphdef, params, prompt, lengths, draw, how)
+    out = jnp.zeros((new, token.shape[0]), jnp.int32).at[0].set(token)
 
     def unfinished(carry):
         i, _, done, _, _ = carry
@@ -221,7 +227,7 @@ def _generate(graphdef, params, prompt, lengths, draw, new, top_k, stop_tokens, 
 
     def body(carry):
         i, token, done, cache, out = carry
-        token, done, cache = _advance(model, token, done, cache, i, draw, top_k, stop_tokens)
+        token, done, cache = _advance(model, token, done, cache, i, draw, how)
         return i + 1, token, done, cache, out.at[i].set(token)
 
     made, token, _, _, out = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, done, cache, out))

@@ -9,43 +9,57 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.nn.block import GLABlock
-from gla_jax.nn.config import GLAConfig
-from gla_jax.nn.norm import RMSNorm
-from gla_jax.nn.sharding import embedding, linear
+from gla_jax.nn.block import Block
+from gla_jax.nn.config import NORMS, GLAConfig, ModelConfig
+from gla_jax.nn.recurrent import MixerConfig
+from gla_jax.nn.sharding import embedding, linear, parameter
 
-__all__ = ["GLAForCausalLM"]
+__all__ = ["CausalLM", "GLAForCausalLM"]
 
 
-class GLAForCausalLM(nnx.Module):
-    """A causal language model of GLA blocks (arXiv 2312.06635, section 4.4).
+class CausalLM(nnx.Module):
+    """A causal language model of blocks whose mixers its config names (arXiv 2312.06635, section 4.4).
 
         logits = norm(blocks(E[tokens])) W        (W = E^T if config.tie_embeddings)
 
     The parameters of all blocks are stacked on a leading "layers" axis and the blocks run under a scan, so compile time
-    does not grow with depth. Logits are float32 whatever `config.dtype` is.
+    does not grow with depth; a pattern of several mixers makes a stack for each of its places, and the scan runs over
+    repeats of the pattern. Logits are float32 whatever `config.dtype` is.
 
-    The recurrent cache is a plain pytree, the stacked caches of the blocks; `prefill` then `step`s give the logits of
-    one call over the whole sequence. Its size does not depend on how much it has seen.
+    The cache is a plain pytree, the stacked caches of the blocks (a tuple of them for a pattern); `prefill` then
+    `step`s give the logits of one call over the whole sequence. Its size does not depend on how much it has seen.
 
     Args:
-      config: shapes, options and dtypes.
+      config: shapes, options and dtypes: a `CausalLMConfig`, or a `GLAConfig`.
     """
 
-    def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         weights = {"init_std": config.init_std, **common}
+        norm = NORMS[config.norms]
         self.embed = embedding(config.vocab_size, config.hidden_size, **weights)
+        self.embed_norm: Any = nnx.data(None)
+        if config.norms_embedding:
+            self.embed_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
+        self.lower_bounds: Any = nnx.data(None)
+        if any(mixer.layer_input == "lower_bound" for mixer in config.mixers):
+            shape, axes = (config.num_layers, config.hidden_size), (None, "embed")
+            self.lower_bounds = parameter(nnx.initializers.zeros, shape, axes, param_dtype=param_dtype, rngs=rngs)
+        repeats = config.num_layers // len(config.mixers)
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def stack(rngs: nnx.Rngs) -> GLABlock:
-            return GLABlock(config, rngs=rngs)
+        def stacked(mixer: MixerConfig) -> Block:
+            @nnx.split_rngs(splits=repeats)
+            @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+            def stack(rngs: nnx.Rngs) -> Block:
+                return Block(config, mixer, rngs=rngs)
 
-        self.layers = stack(rngs)
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
+            return stack(rngs)
+
+        stacks = [stacked(mixer) for mixer in config.mixers]
+        self.layers: Any = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
+        self.norm = norm(config.hidden_size, eps=config.norm_eps, **common)
         self.lm_head = nnx.data(None)
         if not config.tie_embeddings:
             self.lm_head = linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), **weights)
@@ -63,8 +77,8 @@ class GLAForCausalLM(nnx.Module):
     def hidden(self, tokens: Int[Array, "b t"], segment_ids: Ids | None = None) -> Float[Array, "b t d"]:
         """The normalised activations [b, t, d] that `logits` reads: for a loss that never holds all logits at once."""
 
-        def run(x: Array, block: GLABlock) -> tuple[Array, None]:
-            return block(x, segment_ids), None
+        def run(x: Array, block: Block, layer_input: Any) -> tuple[Array, None]:
+            return block(x, segment_ids, layer_input), None
 
         x, _ = self._scan(run, self._embed(tokens))
         return self.norm(x)
@@ -78,14 +92,18 @@ class GLAForCausalLM(nnx.Module):
 
     def init_cache(self, batch_size: int) -> Any:
         """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""
+        repeats = self.config.num_layers // len(self.config.mixers)
 
-        graphdef, params = nnx.split(self.layers)
+        def of(stack: Block) -> Any:
+            graphdef, params = nnx.split(stack)
 
-        def first(params: Any) -> Any:
-            return nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params)).init_cache(batch_size)
+            def first(params: Any) -> Any:
+                return nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params)).init_cache(batch_size)
 
-        shapes = jax.eval_shape(first, params)
-        return jax.tree.map(lambda s: jnp.zeros((self.config.num_layers, *s.shape), s.dtype), shapes)
+            shapes = jax.eval_shape(first, params)
+            return jax.tree.map(lambda s: jnp.zeros((repeats, *s.shape), s.dtype), shapes)
+
+        return self._join([of(stack) for stack in self._stacks()])
 
     def prefill(
         self, tokens: Int[Array, "b t"], cache: Any, segment_ids: Ids | None = None
@@ -109,41 +127,94 @@ class GLAForCausalLM(nnx.Module):
             tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
             last = jnp.maximum(jnp.sum(segment_ids >= 0, 1) - 1, 0)
 
-        def run(x: Array, block: GLABlock, cache: Any) -> tuple[Array, Any]:
-            return block.prefill(x, cache, segment_ids)
+        def run(x: Array, block: Block, layer_input: Any, cache: Any) -> tuple[Array, Any]:
+            return block.prefill(x, cache, segment_ids, layer_input)
 
-        x, cache = self._scan(run, self._embed(tokens), cache)
+        caches = cache if len(self._stacks()) > 1 else (cache,)
+        x, caches = self._scan(run, self._embed(tokens), caches)
         x = jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
-        return self.logits(self.norm(x)), cache
+        return self.logits(self.norm(x)), self._join(caches)
 
     def step(self, token: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b vocab"], Any]:
         """Logits [b, vocab] after one more token [b], and the cache after it, in constant time and memory."""
-        graphdef, params = nnx.split(self.layers)
+        split = [nnx.split(stack) for stack in self._stacks()]
+        caches = cache if len(split) > 1 else (cache,)
 
         # The cache is carried, not scanned over, so that each layer's part is replaced in place.
-        def run(carry: tuple[Array, Any], layer: tuple[Any, Array]) -> tuple[tuple[Array, Any], None]:
-            (x, cache), (params, i) = carry, layer
-            own = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False), cache)
-            x, own = nnx.merge(graphdef, params).step(x, own)
-            return (x, jax.tree.map(lambda c, n: jax.lax.dynamic_update_index_in_dim(c, n, i, 0), cache, own)), None
+        def run(carry: tuple[Array, Any], turn: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], None]:
+            (x, caches), (params, inputs, i), new = carry, turn, []
+            for (graphdef, _), own_params, layer_input, cache in zip(split, params, inputs, caches, strict=True):
+                own = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False), cache)
+                x, own = nnx.merge(graphdef, own_params).step(x, own, layer_input)
+                put = lambda c, n: jax.lax.dynamic_update_index_in_dim(c, n, i, 0)
+                new.append(jax.tree.map(put, cache, own))
+            return (x, tuple(new)), None
 
-        numbers = jnp.arange(self.config.num_layers)
-        (x, cache), _ = jax.lax.scan(run, (self._embed(token), cache), (params, numbers))
-        return self.logits(self.norm(x)), cache
+        turns = tuple(params for _, params in split), self._layer_inputs(), jnp.arange(self._repeats())
+        (x, caches), _ = jax.lax.scan(run, (self._embed(token), tuple(caches)), turns)
+        return self.logits(self.norm(x)), self._join(caches)
+
+    def _stacks(self) -> list[Block]:
+        return [self.layers] if len(self.config.mixers) == 1 else list(self.layers)
+
+    def _repeats(self) -> int:
+        return self.config.num_layers // len(self.config.mixers)
+
+    def _join(self, caches: Any) -> Any:
+        return caches[0] if len(caches) == 1 else tuple(caches)
+
+    def _layer_inputs(self) -> tuple[Any, ...]:
+        """For each place of the pattern what its mixers take as `layer_input`, [repeats, ...], or None."""
+        tables: dict[str | None, Any] = {None: None}
+        layers = self.config.num_layers
+        tables["depth"] = jnp.arange(layers, dtype=jnp.float32) / (layers - 1 + 1e-5)
+        if self.lower_bounds is not None:
+            shares = jnp.cumsum(jax.nn.softmax(self.lower_bounds[...].astype(jnp.float32), 0), 0)
+            tables["lower_bound"] = shares - shares[:1]
+        places = enumerate(self.config.mixers)
+        return tuple(
+            jax.tree.map(lambda x, i=i: x[i :: len(self.config.mixers)], tables[mixer.layer_input])
+            for i, mixer in places
+        )
 
     def _embed(self, tokens: Array) -> Array:
-        return jnp.take(self.embed.embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
+        x = jnp.take(self.embed.embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def _scan(self, run: Callable, x: Array, *per_layer: Any) -> tuple[Array, Any]:
-        """x through run(x, block, ...) for each block in turn, under the config's remat policy."""
-        graphdef, params = nnx.split(self.layers)
+        """x through run(x, block, layer_input, ...) for each block in turn, under the config's remat policy.
 
-        def body(x: Array, layer: tuple) -> tuple[Array, Any]:
-            return run(x, nnx.merge(graphdef, layer[0]), *layer[1:])
+        Each of per_layer has one entry a place of the pattern, and so have the results.
+        """
+        split = [nnx.split(stack) for stack in self._stacks()]
 
-        if self.config.remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif self.config.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x, (params, *per_layer), unroll=min(self.config.layer_unroll, self.config.num_layers))
+        def one(place: int) -> Callable:
+            def body(x: Array, params: Any, *inputs: Any) -> tuple[Array, Any]:
+                return run(x, nnx.merge(split[place][0], params), *inputs)
+
+            if self.config.remat == "full":
+                return jax.checkpoint(body, prevent_cse=False)
+            if self.config.remat == "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                return jax.checkpoint(body, prevent_cse=False, policy=policy)
+            return body
+
+        blocks = [one(place) for place in range(len(split))]
+
+        def turn(x: Array, inputs: tuple) -> tuple[Array, Any]:
+            out = []
+            for block, *own in zip(blocks, *inputs, strict=True):
+                x, result = block(x, *own)
+                out.append(result)
+            return x, tuple(out)
+
+        params = tuple(params for _, params in split)
+        inputs = (params, self._layer_inputs(), *per_layer)
+        return jax.lax.scan(turn, x, inputs, unroll=min(self.config.layer_unroll, self._repeats()))
+
+
+class GLAForCausalLM(CausalLM):
+    """`CausalLM` of gated linear attention, from a `GLAConfig`."""
+
+    def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)

@@ -1,11 +1,14 @@
 """What the tests of gla_jax.nn share: a small config, the options that change the mathematics, random tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gla_jax.nn import GLAConfig, GLAForCausalLM
+from gla_jax.nn import CausalLM, GLAConfig
+from gla_jax.nn.config import ModelConfig
 
 # The op token by token, which compiles soonest; the tests that are about the default one ask for it.
 SMALL = GLAConfig(
@@ -36,12 +39,14 @@ OPTIONS = {
 }
 
 
-def build(config: GLAConfig, seed: int = 0) -> GLAForCausalLM:
+def build(config: ModelConfig, seed: int = 0) -> CausalLM:
     """A model with random numbers in every parameter, made without compiling anything."""
-    model = nnx.eval_shape(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(seed)
+    ones, others = ("scale", "norm_scale", "D"), ("bias", "norm_bias", "dt_bias", "A_log", "bonus", "lower_bounds")
+    spread = {**dict.fromkeys(ones, (1, 0.3)), **dict.fromkeys(others, (0, 0.3))}
     for path, param in nnx.to_flat_state(nnx.state(model)):
-        center, std = {"scale": (1, 0.3), "bias": (0, 0.3)}.get(path[-1], (0, config.init_std))
+        center, std = spread.get(path[-1], (0, config.init_std))
         param.set_value(jnp.asarray(random.normal(center, std, param.shape), param.dtype))
     return model
 
@@ -50,19 +55,35 @@ def tokens(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), shape, 0, SMALL.vocab_size)
 
 
-@nnx.jit
+# Compiling takes most of the time of these tests, and LLVM's optimizing most of that.
+quick = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@quick
+def _forward(graphdef, params, *arguments):
+    return nnx.merge(graphdef, params)(*arguments)
+
+
+@quick
+def _prefill(graphdef, params, *arguments):
+    return nnx.merge(graphdef, params).prefill(*arguments)
+
+
+@quick
+def _step(graphdef, params, *arguments):
+    return nnx.merge(graphdef, params).step(*arguments)
+
+
 def forward(model, inputs, segment_ids=None):
-    return model(inputs, segment_ids)
+    return _forward(*nnx.split(model), inputs, segment_ids)
 
 
-@nnx.jit
 def prefill(model, inputs, cache, segment_ids=None):
-    return model.prefill(inputs, cache, segment_ids)
+    return _prefill(*nnx.split(model), inputs, cache, segment_ids)
 
 
-@nnx.jit
 def step(model, token, cache):
-    return model.step(token, cache)
+    return _step(*nnx.split(model), token, cache)
 
 
 def lengths_as_ids(lengths, width: int, side: str) -> jax.Array:

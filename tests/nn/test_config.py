@@ -6,17 +6,26 @@ import jax
 import pytest
 from flax import nnx
 
-from gla_jax.nn import GLAConfig, GLAForCausalLM
-from gla_jax.nn.config import check_type
+from gla_jax.nn import CausalLM, CausalLMConfig, GLAConfig
+from gla_jax.nn.checked import check_type
 
 PRESETS = {"tiny": 902_784, "gla_340m": 341_707_776, "gla_1_3b": 1_365_514_240, "gla_2_7b": 2_703_583_744}
+# 341.1 M, 1.364 B, 347 M, 1.352 B, 352.8 M, 1.335 B: the baselines of arXiv 2312.06635, sizes from their code.
+BASELINES = {
+    "transformer_340m": 341_099_520,
+    "transformer_1_3b": 1_364_297_728,
+    "retnet_340m": 347_403_264,
+    "retnet_1_3b": 1_351_727_104,
+    "mamba_340m": 352_797_696,
+    "mamba_1_3b": 1_334_740_992,
+}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESETS | BASELINES)
 def test_presets_have_the_published_parameter_counts(name):
-    config = getattr(GLAConfig, name)()
-    state = jax.eval_shape(lambda: nnx.state(GLAForCausalLM(config, rngs=nnx.Rngs(0))))
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == PRESETS[name]
+    config = getattr(GLAConfig if name in PRESETS else CausalLMConfig, name)()
+    state = jax.eval_shape(lambda: nnx.state(CausalLM(config, rngs=nnx.Rngs(0))))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == {**PRESETS, **BASELINES}[name]
 
 
 def test_survives_json():
@@ -70,13 +79,15 @@ def test_types_are_checked(declared, value, allowed):
         ("gate_normalizer", -16.0, "positive, got -16.0"),
         ("conv_size", -4, "0 (none) or more, got -4"),
         ("feature_map", "exp", "one of None, relu"),
-        ("output_norm", "batch", "one of rms, layer, got 'batch'"),
+        ("output_norm", "batch", "one of rms, layer, none, got 'batch'"),
         ("mlp_size", 0, "at least 1 or None, got 0"),
         ("dtype", "float8", "one of float32, bfloat16, float16, got 'float8'"),
         ("param_dtype", "fp32", "one of float32"),
         ("remat", "everything", "one of none, dots, full"),
         ("layer_unroll", 0, "at least 1, got 0"),
         ("implementation", "cuda", "one of None, "),
+        ("norm_eps", float("inf"), "must be finite, got inf"),
+        ("gate_clamp", float("-inf"), "must be finite, got -inf"),
     ],
 )
 def test_a_bad_field_is_named_in_one_line(field, value, says):

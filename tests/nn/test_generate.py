@@ -1,12 +1,16 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, stream
-from gla_jax.nn.generate import _generate, sample
+from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, load_state, read_prompt, save_state, stream
+from gla_jax.nn.generate import _checked_draw, _checked_start, _checked_stops, _generate, sample
+from gla_jax.safetensors import CheckpointError
 
+from .family import CONFIGS
 from .options import OPTIONS, build, forward, tokens
 
 
@@ -43,6 +47,34 @@ def test_left_padding_never_enters(model, prefill_chunk):
     made = generate(model, prompt, 5, prompt_lengths=lengths, prefill_chunk=prefill_chunk)
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(made[row], greedily(model, prompt[row : row + 1, -length:], 5)[0])
+
+
+def test_samples_of_one_prompt_are_those_of_the_prompt_repeated(model):
+    prompt = tokens(2, 11)
+    draw = {"key": jax.random.key(5), "temperature": 1.2, "prompt_lengths": [4, 11]}
+    made = generate(model, prompt, 6, num_samples=3, **draw)
+    draw["prompt_lengths"] = [4, 4, 4, 11, 11, 11]
+    np.testing.assert_array_equal(made, generate(model, jnp.repeat(prompt, 3, 0), 6, **draw))
+    assert len({tuple(row) for row in np.asarray(made).tolist()}) > 2
+
+
+@pytest.mark.parametrize("name", ["gla", "hybrid", "rwkv6"])
+def test_a_prompt_s_state_can_be_kept_saved_and_gone_on_from(name, tmp_path):
+    model, prompt = build(CONFIGS[name]), tokens(2, 11)
+    state = read_prompt(model, prompt[:, :6], prefill_chunk=4)
+    state = read_prompt(model, prompt[:, 6:], state=state)
+    expected = generate(model, prompt, 5)
+    np.testing.assert_array_equal(generate(model, state, 5), expected)
+    save_state(tmp_path / "prompt.safetensors", state)
+    loaded = load_state(tmp_path / "prompt.safetensors", model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, state)
+    np.testing.assert_array_equal(generate(model, loaded, 5), expected)
+    np.testing.assert_array_equal(np.stack(list(stream(model, loaded, 5)), 1), expected)
+    np.testing.assert_array_equal(generate(model, loaded, 5), expected)
+    with pytest.raises(ValueError, match=r"^prompt_lengths: a state has read its prompts already"):
+        generate(model, state, 5, prompt_lengths=[1, 1])
+    with pytest.raises(CheckpointError, match=r": cache\.\S+ is .* there, and .* in this model$"):
+        load_state(tmp_path / "prompt.safetensors", build(CONFIGS["gla"].replace(num_layers=3)))
 
 
 @pytest.mark.parametrize("draw", [{}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}])
@@ -112,10 +144,10 @@ def test_memory_does_not_depend_on_lengths():
     graphdef, params = nnx.split(nnx.eval_shape(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0))))
 
     def temporaries(prompt: int, new: int) -> int:
-        from gla_jax.nn.generate import _Draw
+        from gla_jax.nn.generate import _Draw, _How
 
         shape = jax.ShapeDtypeStruct((1, prompt), jnp.int32)
-        lowered = _generate.lower(graphdef, params, shape, None, _Draw(None, None, None), new, None, (), 128)
+        lowered = _generate.lower(graphdef, params, shape, None, _Draw(None, None, None), new, _How(None, (), 1, 128))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(256, 16), temporaries(256 * 64, 16 * 64)
@@ -161,4 +193,29 @@ def test_bad_arguments_are_named(model, function, arguments, says):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the text is compared below
         function(model, **arguments)
     assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: _checked_start([[1]], None, 2.5, 1, 8), "max_new_tokens: must be at least 1, got 2.5"),
+        (lambda: _checked_start([[1]], None, True, 1, 8), "max_new_tokens: must be at least 1, got True"),
+        (lambda: _checked_start([[1]], None, 1, 1, "8"), "prefill_chunk: must be at least 1, got '8'"),
+        (lambda: _checked_start([[1]], [1.0], 1, 1, 8), "prompt_lengths: must be integers, got float32"),
+        (lambda: _checked_start([[1]], None, 1, 0, 8), "num_samples: must be at least 1, got 0"),
+        (lambda: _checked_draw(None, "hot", None, None), "temperature: must be 0 (the likeliest token) or positive"),
+        (lambda: _checked_draw(None, np.inf, None, None), "temperature: must be 0 (the likeliest token) or positive"),
+        (lambda: _checked_draw(None, 1.0, 1.5, None), "key: a temperature above 0 needs"),
+        (lambda: _checked_draw(0, 1.0, 1.5, None), "top_k: must be at least 1 or None, got 1.5"),
+        (lambda: _checked_draw(0, 1.0, None, "0.9"), "top_p: must be above 0 and at most 1, or None, got '0.9'"),
+        (lambda: _checked_stops(7), "stop_tokens: must be a sequence of integers, got 7"),
+        (lambda: _checked_stops(("a",)), "stop_tokens: must be a sequence of integers, got ('a',)"),
+        (lambda: _checked_stops([0.5]), "stop_tokens: must be a sequence of integers, got [0.5]"),
+    ],
+)
+def test_wrong_types_are_named(call, says):
+    # The checks by themselves: while tests run, beartype would refuse most of these values at `generate` first.
+    with pytest.raises(ValueError, match="^" + re.escape(says)) as error:
+        call()
     assert "\n" not in str(error.value)

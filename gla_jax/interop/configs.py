@@ -1,0 +1,442 @@
+"""config.json of flash-linear-attention and transformers as our configs, and back."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gla_jax.nn.attention import GatedLinearAttentionConfig
+from gla_jax.nn.config import CausalLMConfig, GLAConfig, ModelConfig
+from gla_jax.nn.hgrn2 import HGRN2Config
+from gla_jax.nn.mamba import MambaConfig
+from gla_jax.nn.mamba2 import Mamba2Config
+from gla_jax.nn.mlp import mlp_width
+from gla_jax.nn.recurrent import MixerConfig
+from gla_jax.nn.retention import LinearAttentionConfig, RetentionConfig
+from gla_jax.nn.rwkv6 import RWKV6Config
+from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
+from gla_jax.safetensors import CheckpointError
+
+__all__ = ["Foreign", "from_json", "to_json"]
+
+
+class Foreign(NamedTuple):
+    """A config of ours, and the dialect (see names.py) in which its checkpoint is written."""
+
+    config: ModelConfig
+    dialect: str
+
+
+class _Fields:
+    """A config.json that tells which field is wrong."""
+
+    def __init__(self, fields: dict[str, Any]):
+        self.fields = fields
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """The first of these fields that is there and not null."""
+        return next((self.fields[n] for n in names if self.fields.get(n) is not None), default)
+
+    def need(self, name: str) -> Any:
+        if (value := self.get(name)) is None:
+            raise CheckpointError(f"config.json: has no {name}")
+        return value
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """A CheckpointError unless the field is absent or one of those that we have."""
+        if name in self.fields and self.fields[name] not in allowed:
+            raise CheckpointError(
+                f"config.json: {name} must be {' or '.join(map(repr, allowed))} here, got {self.fields[name]!r}"
+            )
+
+
+_SILU = ("swish", "silu")
+_FEATURES = {None: None, "elu": "elu1", "relu": "relu", "identity": None, "elementwise_product": "product"}
+
+
+def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
+    """Our config for a config.json's fields, with some fields of ours changed (dtype, implementation and the like).
+
+    Raises:
+      CheckpointError: the model is of another kind, or has an option that we do not.
+    """
+    x = _Fields(fields)
+    kind = x.need("model_type")
+    if kind not in _READ:
+        raise CheckpointError(f"config.json: model_type must be one of {', '.join(sorted(_READ))}, got {kind!r}")
+    if kind == "gla" and "d_model" in fields:
+        kind = "official"
+    x.only("attnres_block_size", None)
+    x.only("dtype", None, "float32", "bfloat16", "float16")
+    try:
+        made, dialect = _READ[kind](x)
+        common: dict[str, Any] = {
+            "vocab_size": x.need("vocab_size"),
+            "hidden_size": x.get("hidden_size", "d_model"),
+            "num_layers": x.get("num_hidden_layers", "n_layer"),
+            "norm_eps": float(x.get("norm_eps", "rms_norm_eps", "layer_norm_epsilon", default=1e-5)),
+            "tie_embeddings": x.get("tie_word_embeddings", default=kind == "mamba"),
+            **changes,
+        }
+        if dialect in ("fla", "llama"):
+            common["mlp_size"] = x.get("intermediate_size")
+            if common["mlp_size"] is None:
+                common["mlp_size"] = mlp_width(common["hidden_size"], x.get("hidden_ratio", default=4))
+        if "mixer" in made and (hybrid := x.get("attn")) is not None:
+            made["mixer"] = _with_attention(made["mixer"], hybrid, common["num_layers"])
+        config: Any = CausalLMConfig if "mixer" in made else GLAConfig
+        return Foreign(config(**common, **made), dialect)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json: {error}") from None
+
+
+def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
+    """The fields of a config.json for our config, and the dialect that belongs to it.
+
+    Raises:
+      CheckpointError: no model there is like ours.
+    """
+    mixers = config.mixers
+    recurrent = [m for m in mixers if not isinstance(m, SoftmaxAttentionConfig)]
+    first = recurrent[0] if recurrent else mixers[0]
+    if len({type(m) for m in mixers}) > 2 or any(m != first for m in recurrent):
+        raise CheckpointError("mixer: checkpoints there have one kind of layer, and softmax attention beside it")
+    write = next((w for kind, w in _WRITE.items() if isinstance(first, kind)), None)
+    if write is None:
+        raise CheckpointError(f"mixer: no checkpoint there has {type(first).__name__[:-6]}")
+    fields, dialect = write(first, config)
+    fields |= {
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "dtype": config.param_dtype,
+        "use_cache": True,
+    }
+    if dialect == "official":
+        return {**fields, "d_model": config.hidden_size, "n_layer": config.num_layers}, dialect
+    fields |= {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers}
+    if config.feed_forward != "none":
+        fields["intermediate_size"] = config.mlp_width
+    eps = {"llama": "rms_norm_eps", "mamba": "layer_norm_epsilon"}.get(dialect, "norm_eps")
+    fields[eps] = config.norm_eps
+    if dialect == "mamba":
+        fields["norm_eps"] = config.norm_eps  # flash-linear-attention's name for the same
+    if recurrent and len(recurrent) < len(mixers):
+        fields["attn"] = _hybrid_to_json(config)
+    wrong = {
+        "norm": config.norms != ("layer" if dialect == "rwkv6" else "rms"),
+        "embed_norm": config.norms_embedding and dialect != "rwkv6",
+        "mlp": config.feed_forward != {"rwkv6": "channel_mix", "mamba": "none"}.get(dialect, "swiglu"),
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise CheckpointError(f"{name}: no {fields['model_type']} checkpoint has {getattr(config, name)!r}")
+    return fields, dialect
+
+
+def _with_attention(mixer: MixerConfig, hybrid: Any, layers: int) -> Any:
+    """The shortest pattern with softmax attention in the layers that fla's `attn` lists."""
+    pattern: list[MixerConfig] = [mixer] * layers
+    for spec in hybrid if isinstance(hybrid, list) else [hybrid]:
+        attention = SoftmaxAttentionConfig(
+            num_heads=spec["num_heads"],
+            num_kv_heads=spec.get("num_kv_heads"),
+            qkv_bias=spec.get("qkv_bias") or False,
+            window=spec.get("window_size"),
+            rope_theta=float(spec.get("rope_theta") or 10000.0),
+        )
+        for layer in spec["layers"]:
+            pattern[layer] = attention
+    period = next(p for p in range(1, layers + 1) if layers % p == 0 and pattern == pattern[:p] * (layers // p))
+    return tuple(pattern[:period]) if period > 1 else pattern[0]
+
+
+def _hybrid_to_json(config: ModelConfig) -> list[dict[str, Any]]:
+    specs: dict[SoftmaxAttentionConfig, list[int]] = {}
+    for layer in range(config.num_layers):
+        mixer = config.mixers[layer % len(config.mixers)]
+        if isinstance(mixer, SoftmaxAttentionConfig):
+            specs.setdefault(mixer, []).append(layer)
+    return [
+        {
+            "layers": layers,
+            "num_heads": mixer.num_heads,
+            "num_kv_heads": mixer.num_kv_heads,
+            "qkv_bias": mixer.qkv_bias,
+            "window_size": mixer.window,
+            "rope_theta": mixer.rope_theta,
+        }
+        for mixer, layers in specs.items()
+    ]
+
+
+def _projected(x: _Fields, expand_k: float, expand_v: float) -> dict[str, Any]:
+    """What fla's GLA and RetNet have in common."""
+    x.only("hidden_act", *_SILU)
+    x.only("elementwise_affine", True, None)
+    feature = x.get("feature_map")
+    convolved = x.get("use_short_conv", default=False)
+    return {
+        "num_heads": x.need("num_heads"),
+        "num_kv_heads": x.get("num_kv_heads"),
+        "expand_k": float(x.get("expand_k", default=expand_k)),
+        "expand_v": float(x.get("expand_v", default=expand_v)),
+        "conv_size": x.get("conv_size", default=4) if convolved else 0,
+        "feature_map": "silu" if feature == "swish" else feature,
+        "output_gate": x.get("use_output_gate", default=True),
+    }
+
+
+def _projected_to_json(mixer: Any) -> dict[str, Any]:
+    plain = mixer.output_norm == "rms" and mixer.output_norm_affine and not mixer.output_gate_bias
+    if not plain or mixer.conv_bias or mixer.feature_map == "elu1":
+        raise CheckpointError("mixer: output_norm, output_gate_bias, conv_bias and elu1 have no place in config.json")
+    return {
+        "num_heads": mixer.num_heads,
+        "num_kv_heads": mixer.num_kv_heads,
+        "expand_k": mixer.expand_k,
+        "expand_v": mixer.expand_v,
+        "use_short_conv": mixer.conv_size > 0,
+        "conv_size": mixer.conv_size or 4,
+        "feature_map": mixer.feature_map,
+        "use_output_gate": mixer.output_gate,
+    }
+
+
+def _read_gla(x: _Fields) -> tuple[dict[str, Any], str]:
+    options = {**_projected(x, 0.5, 1.0), "gate_clamp": x.get("clamp_min")}
+    return (options if x.get("attn") is None else {"mixer": GatedLinearAttentionConfig(**options)}), "fla"
+
+
+def _read_official(x: _Fields) -> tuple[dict[str, Any], str]:
+    x.only("use_gk", True)
+    x.only("use_gv", False)
+    options = {"num_heads": x.get("n_head", default=8), "output_gate_bias": True}
+    return {**options, "output_norm": "layer", "output_norm_affine": False}, "official"
+
+
+def _write_gla(mixer: GatedLinearAttentionConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    if mixer.output_gate_bias and mixer.output_norm == "layer":
+        first = GatedLinearAttentionConfig(
+            num_heads=mixer.num_heads, output_gate_bias=True, output_norm="layer", output_norm_affine=False
+        )
+        if mixer != first or config.mlp_width != mlp_width(config.hidden_size) or config.norm_eps != 1e-5:
+            raise CheckpointError("the paper's first release has its options, MLP width and norm_eps = 1e-5 alone")
+        return {"model_type": "gla", "n_head": mixer.num_heads, "use_gk": True, "use_gv": False}, "official"
+    if mixer.gate_low_rank != 16 or mixer.gate_normalizer != 16:
+        raise CheckpointError("gate_low_rank and gate_normalizer have no place in config.json, and must be 16")
+    fields = {"model_type": "gla", "architectures": ["GLAForCausalLM"], "clamp_min": mixer.gate_clamp}
+    return {**fields, **_projected_to_json(mixer)}, "fla"
+
+
+def _read_retnet(x: _Fields) -> tuple[dict[str, Any], str]:
+    options = _projected(x, 1.0, 2.0)
+    if options["num_kv_heads"] not in (None, options["num_heads"]):
+        raise CheckpointError("config.json: num_kv_heads must be num_heads or null for retnet here")
+    # The model there never hands use_short_conv to its layers.
+    return {"mixer": RetentionConfig(**options | {"conv_size": 0})}, "fla"
+
+
+def _write_retnet(mixer: RetentionConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    if mixer.rope_theta != 10000.0 or mixer.conv_size or mixer.num_kv_heads not in (None, mixer.num_heads):
+        raise CheckpointError("retnet there has rope_theta = 10000, no convolution, and as many kv heads as heads")
+    return {"model_type": "retnet", "architectures": ["RetNetForCausalLM"], **_projected_to_json(mixer)}, "fla"
+
+
+def _read_hgrn2(x: _Fields) -> tuple[dict[str, Any], str]:
+    x.only("hidden_act", *_SILU)
+    x.only("use_lower_bound", True)
+    ratio = x.get("expand_ratio") or x.need("hidden_size") // x.need("num_heads")
+    convolved = x.get("use_short_conv", default=False)
+    mixer = HGRN2Config(expand_ratio=ratio, conv_size=x.get("conv_size", default=4) if convolved else 0)
+    return {"mixer": mixer}, "fla"
+
+
+def _write_hgrn2(mixer: HGRN2Config, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    fields: dict[str, Any] = {"model_type": "hgrn2", "architectures": ["HGRN2ForCausalLM"]}
+    fields |= {"expand_ratio": mixer.expand_ratio, "use_short_conv": mixer.conv_size > 0}
+    return {**fields, "conv_size": mixer.conv_size or 4, "use_lower_bound": True}, "fla"
+
+
+def _read_linear(x: _Fields) -> tuple[dict[str, Any], str]:
+    x.only("hidden_act", *_SILU)
+    for name in ("norm_q", "norm_k", "tie_feature_map_qk"):
+        x.only(name, False, None)
+    x.only("feature_map", *_FEATURES)
+    mixer = LinearAttentionConfig(
+        num_heads=x.need("num_heads"),
+        num_kv_heads=x.get("num_kv_heads"),
+        expand_k=float(x.get("expand_k", default=1.0)),
+        expand_v=float(x.get("expand_v", default=1.0)),
+        feature_map=_FEATURES[x.get("feature_map", default="elementwise_product")],
+        normalize=x.get("norm_feature_map", default=False),
+    )
+    return {"mixer": mixer}, "fla"
+
+
+def _write_linear(mixer: LinearAttentionConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    maps = {ours: theirs for theirs, ours in _FEATURES.items() if theirs is not None}
+    if mixer.output_gate or mixer.conv_size or mixer.output_norm != "rms" or mixer.feature_map not in maps:
+        raise CheckpointError("linear_attn there has an RMSNorm, no output gate or convolution, and fewer feature maps")
+    fields = {"model_type": "linear_attn", "architectures": ["LinearAttentionForCausalLM"]}
+    fields |= {name: getattr(mixer, name) for name in ("num_heads", "num_kv_heads", "expand_k", "expand_v")}
+    return {**fields, "feature_map": maps[mixer.feature_map], "norm_feature_map": mixer.normalize}, "fla"
+
+
+def _read_rwkv6(x: _Fields) -> tuple[dict[str, Any], str]:
+    x.only("hidden_act", "sqrelu")
+    x.only("norm_bias", True)
+    mixer = RWKV6Config(
+        num_heads=x.need("num_heads"),
+        expand_k=float(x.get("expand_k", default=0.5)),
+        expand_v=float(x.get("expand_v", default=1.0)),
+        shift_low_rank=x.get("proj_low_rank_dim", default=32),
+        gate_low_rank=x.get("gate_low_rank_dim", default=64),
+    )
+    width = x.get("intermediate_size")
+    width = -(-int(x.need("hidden_size") * x.get("hidden_ratio", default=3.5)) // 32) * 32 if width is None else width
+    rest = {"norm": "layer", "embed_norm": x.get("norm_first", default=True), "mlp": "channel_mix", "mlp_size": width}
+    return {"mixer": mixer, **rest}, "rwkv6"
+
+
+def _write_rwkv6(mixer: RWKV6Config, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    fields: dict[str, Any] = {"model_type": "rwkv6", "architectures": ["RWKV6ForCausalLM"], "hidden_act": "sqrelu"}
+    fields |= {"num_heads": mixer.num_heads, "expand_k": mixer.expand_k, "expand_v": mixer.expand_v}
+    fields |= {"proj_low_rank_dim": mixer.shift_low_rank, "gate_low_rank_dim": mixer.gate_low_rank}
+    return {**fields, "norm_bias": True, "norm_first": config.norms_embedding}, "rwkv6"
+
+
+def _limit(x: _Fields, name: str) -> tuple[float, float | None]:
+    """A pair of bounds, of which the upper may be infinite in one of the ways that JSON writers have for it."""
+    low, high = x.get(name, default=(0.0, math.inf))
+    high = high["__float__"] if isinstance(high, dict) else high
+    return float(low), None if math.isinf(float(high)) else float(high)
+
+
+def _read_mamba2(x: _Fields) -> tuple[dict[str, Any], str]:
+    x.only("hidden_act", *_SILU)
+    x.only("rmsnorm", True)
+    for name in ("norm_before_gate", "D_has_hdim"):
+        x.only(name, False)
+    low, high = _limit(x, "time_step_limit" if "time_step_limit" in x.fields else "dt_limit")
+    mixer = Mamba2Config(
+        state_size=x.get("state_size", default=128),
+        head_size=x.get("head_dim", default=64),
+        expand=int(x.get("expand", default=2)),
+        num_groups=x.get("n_groups", default=1),
+        conv_size=x.get("conv_kernel", default=4),
+        conv_bias=x.get("use_conv_bias", default=True),
+        projection_bias=x.get("use_bias", default=False),
+        time_step_min=low,
+        time_step_max=high,
+    )
+    return {"mixer": mixer, "mlp": "none"}, "mamba"
+
+
+def _write_mamba2(mixer: Mamba2Config, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    high = {"__float__": "Infinity"} if mixer.time_step_max is None else mixer.time_step_max
+    heads = mixer.expand * config.hidden_size // mixer.head_size
+    return {
+        "model_type": "mamba2",
+        "architectures": ["Mamba2ForCausalLM"],
+        **_mamba_to_json(mixer),
+        "head_dim": mixer.head_size,
+        "num_heads": heads,
+        "n_groups": mixer.num_groups,
+        "time_step_limit": [mixer.time_step_min, high],
+        "dt_limit": [mixer.time_step_min, high],
+    }, "mamba"
+
+
+def _read_mamba(x: _Fields) -> tuple[dict[str, Any], str]:
+    x.only("hidden_act", *_SILU)
+    mixer = MambaConfig(
+        state_size=x.get("state_size", default=16),
+        expand=int(x.get("expand", default=2)),
+        conv_size=x.get("conv_kernel", default=4),
+        conv_bias=x.get("use_conv_bias", default=True),
+        projection_bias=x.get("use_bias", default=False),
+        time_step_rank=None if x.get("time_step_rank") == "auto" else x.get("time_step_rank"),
+    )
+    return {"mixer": mixer, "mlp": "none"}, "mamba"
+
+
+def _write_mamba(mixer: MambaConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    rank = mixer.time_step_rank or -(-config.hidden_size // 16)
+    fields: dict[str, Any] = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    inner = {"intermediate_size": mixer.expand * config.hidden_size, "time_step_rank": rank}
+    return {**fields, **_mamba_to_json(mixer), **inner}, "mamba"
+
+
+def _mamba_to_json(mixer: Any) -> dict[str, Any]:
+    return {
+        "state_size": mixer.state_size,
+        "expand": mixer.expand,
+        "conv_kernel": mixer.conv_size,
+        "use_conv_bias": mixer.conv_bias,
+        "use_bias": mixer.projection_bias,
+    }
+
+
+def _read_attention(x: _Fields) -> tuple[dict[str, Any], str]:
+    x.only("hidden_act", *_SILU)
+    x.only("qk_norm", False)
+    for name in ("attention_bias", "mlp_bias"):
+        x.only(name, False)
+    rope = x.get("rope_parameters", "rope_scaling", default={})
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise CheckpointError(f"config.json: rope_type must be 'default' here, got {rope}")
+    theta = rope.get("rope_theta") or x.get("rope_theta", default=10000.0)
+    fla = x.get("num_attention_heads") is None
+    mixer = SoftmaxAttentionConfig(
+        num_heads=x.need("num_heads" if fla else "num_attention_heads"),
+        num_kv_heads=x.get("num_kv_heads", "num_key_value_heads"),
+        head_size=x.get("head_dim"),
+        window=x.get("window_size", "sliding_window"),
+        cache_size=x.get("max_position_embeddings", default=2048),
+        rope_theta=float(theta),
+        qkv_bias=x.get("qkv_bias", default=False),
+    )
+    return {"mixer": mixer}, "fla" if fla else "llama"
+
+
+def _write_attention(mixer: SoftmaxAttentionConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
+    if mixer.qkv_bias:
+        raise CheckpointError("qkv_bias: llama and mistral have none")
+    fields: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    if mixer.window is not None:
+        fields |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": mixer.window}
+    return {
+        **fields,
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads or mixer.num_heads,
+        "head_dim": mixer.head_size or config.hidden_size // mixer.num_heads,
+        "max_position_embeddings": mixer.cache_size,
+        "rope_theta": mixer.rope_theta,
+        "rope_parameters": {"rope_theta": mixer.rope_theta, "rope_type": "default"},
+    }, "llama"
+
+
+_READ: dict[str, Callable[[_Fields], tuple[dict[str, Any], str]]] = {
+    "gla": _read_gla,
+    "official": _read_official,
+    "retnet": _read_retnet,
+    "hgrn2": _read_hgrn2,
+    "linear_attn": _read_linear,
+    "rwkv6": _read_rwkv6,
+    "mamba2": _read_mamba2,
+    "mamba": _read_mamba,
+    "transformer": _read_attention,
+    "llama": _read_attention,
+    "mistral": _read_attention,
+}
+_WRITE: dict[type, Callable[[Any, ModelConfig], tuple[dict[str, Any], str]]] = {
+    GatedLinearAttentionConfig: _write_gla,
+    RetentionConfig: _write_retnet,
+    HGRN2Config: _write_hgrn2,
+    LinearAttentionConfig: _write_linear,
+    RWKV6Config: _write_rwkv6,
+    Mamba2Config: _write_mamba2,
+    MambaConfig: _write_mamba,
+    SoftmaxAttentionConfig: _write_attention,
+}

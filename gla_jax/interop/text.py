@@ -1,0 +1,98 @@
+"""Text in and text out, with a tokenizer of the package `tokenizers`."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from flax import nnx
+
+from gla_jax.nn.generate import stream
+from gla_jax.safetensors import CheckpointError
+
+__all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer", "stream_text"]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: `tokenizers.Tokenizer` has it."""
+
+    def encode(self, sequence: str) -> Any:
+        """An object with the token numbers as `ids`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+
+
+class ByteTokenizer:
+    """A token a byte of UTF-8, as `gla-jax train` has it; other tokens, such as its boundary, decode to nothing."""
+
+    def encode(self, sequence: str) -> Any:
+        """Its bytes."""
+        return SimpleNamespace(ids=list(sequence.encode()))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of bytes, with U+FFFD for what is none; 0xFF, which no UTF-8 has, is left out."""
+        return bytes(i for i in ids if i < 0xFF).decode(errors="replace")
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The tokenizer of a checkpoint folder, from its tokenizer.json.
+
+    Raises:
+      CheckpointError: there is none, or the package `tokenizers` (the extra gla_jax[hub]) is missing.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: has no tokenizer.json")
+    try:
+        tokenizers = importlib.import_module("tokenizers")
+    except ModuleNotFoundError:
+        raise CheckpointError("the package tokenizers is missing; install the extra gla_jax[hub]") from None
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def stream_text(
+    model: nnx.Module, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options: Any
+) -> Iterator[str]:
+    """Continue a prompt, a piece of text at a time, as soon as it is certain.
+
+    A piece comes when its characters are whole and no later token can change them; together the pieces are the text
+    that the tokenizer gives for all new tokens after the prompt.
+
+    Args:
+      model: a language model over the tokenizer's tokens.
+      tokenizer: see `Tokenizer`.
+      prompt: text of at least one token.
+      max_new_tokens: at most so many are made.
+      options: of `gla_jax.nn.stream`, such as temperature, top_p, key and stop_tokens (which are not shown).
+
+    Raises:
+      ValueError: as `gla_jax.nn.stream`; num_samples must be 1.
+    """
+    ids = list(tokenizer.encode(prompt).ids)
+    if not ids:
+        raise ValueError("prompt: must have at least one token, got none")
+    if options.get("num_samples", 1) != 1:
+        raise ValueError(f"num_samples: must be 1 to stream text, got {options['num_samples']}")
+    drawn = stream(model, np.asarray([ids], np.int32), max_new_tokens, **options)
+    return _pieces(drawn, tokenizer, ids, frozenset(options.get("stop_tokens", ())))
+
+
+def _pieces(drawn: Iterator[np.ndarray], tokenizer: Tokenizer, ids: list[int], stops: frozenset[int]) -> Iterator[str]:
+    # Tokenizers join some tokens by their neighbours (spaces, bytes of one character), so a few already shown are
+    # decoded again with the new ones. What ends in U+FFFD may be the first bytes of a character.
+    start, shown = max(0, len(ids) - 8), len(ids)
+    for token in drawn:
+        if int(token[0]) in stops:
+            break
+        ids.append(int(token[0]))
+        before, text = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:])
+        if len(text) > len(before) and not text.endswith("�"):
+            yield text[len(before) :]
+            start, shown = shown, len(ids)
+    before, text = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:])
+    if len(text) > len(before):
+        yield text[len(before) :]

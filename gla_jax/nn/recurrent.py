@@ -1,0 +1,157 @@
+"""What the layers on the op share: a cache, whole sequences, prefill, and one token at a time."""
+
+import dataclasses
+from typing import Any, ClassVar, cast, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from gla_jax.array_types import Array, Ids
+from gla_jax.attention import Implementation, gated_linear_attention
+from gla_jax.nn.checked import Checked, check_type
+from gla_jax.nn.conv import ShortConvolution
+from gla_jax.nn.rope import positions_after
+from gla_jax.step import gated_linear_attention_step
+
+__all__ = ["MixerConfig", "RecurrentLayer", "check_common", "head_width"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerConfig(Checked):
+    """The options of one kind of layer that mixes over time; `build` makes the layer."""
+
+    layer_input: ClassVar[str | None] = None
+    """What a model hands each of its layers, or None: "depth" or "lower_bound"."""
+
+    def build(self, hidden_size: int, **common: Any) -> nnx.Module:
+        """The layer for a model of this width; `common` are the arguments that all layers take."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class RecurrentLayer(nnx.Module):
+    """A layer whose memory is the op's state [b, hk, k, v], float32, of a size that does not depend on the past.
+
+    A kind of layer says which streams it projects x to (`_streams`; a stream with the name of a short convolution goes
+    through it), which arguments of the op they make (`_arguments`), and what becomes of its output (`_output`).
+    """
+
+    convolutions: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold a short convolution, or None."""
+    reads_positions: ClassVar[bool] = False
+    """Whether `_arguments` needs each token's place in its document."""
+    scale: float | None = None
+    implementation: Any = None
+
+    def _state_shape(self) -> tuple[int, int, int]:
+        """[hk, k, v] of the state."""
+        raise NotImplementedError
+
+    def _streams(self, x: Array) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
+        raise NotImplementedError
+
+    def init_cache(self, batch_size: int) -> dict[str, Array]:
+        """What a sequence is before its first token: zeros, the state [b, hk, k, v] and the convolutions' inputs."""
+        cache = {"state": jnp.zeros((batch_size, *self._state_shape()), jnp.float32)}
+        for name, conv in self._convolutions().items():
+            cache[name] = conv.init_cache(batch_size)
+        if self.reads_positions:
+            cache["position"] = jnp.zeros((batch_size,), jnp.int32)
+        return cache
+
+    def __call__(
+        self, x: Float[Array, "b t d"], segment_ids: Ids | None = None, layer_input: Any = None
+    ) -> Float[Array, "b t d"]:
+        """The layer over whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`."""
+        return self._mix(x, None, segment_ids, layer_input)[0]
+
+    def prefill(
+        self, x: Float[Array, "b t d"], cache: dict[str, Array], segment_ids: Ids | None = None, layer_input: Any = None
+    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+        """The layer over x [b, t, d] after what the cache has seen; returns y and the cache after x.
+
+        Negative segment ids (padding) leave the cache as it is. They may lie at the left of a row whose cache is still
+        empty, and at the right of any.
+        """
+        return self._mix(x, cache, segment_ids, layer_input)
+
+    def step(
+        self, x: Float[Array, "b d"], cache: dict[str, Array], layer_input: Any = None
+    ) -> tuple[Float[Array, "b d"], dict[str, Array]]:
+        """The layer for one token x [b, d] after what the cache has seen; time and memory do not depend on how much."""
+        new: dict[str, Array] = {}
+        streams = self._streams(x)
+        for name, conv in self._convolutions().items():
+            streams[name], new[name] = conv.step(streams[name], cache[name])
+        position = cache.get("position")
+        if position is not None:
+            new["position"] = position + 1
+        arguments = self._arguments(streams, x, position, layer_input)
+        o, new["state"] = gated_linear_attention_step(**arguments, state=cache["state"], scale=self.scale)
+        return self._output(o, x, streams, arguments), new
+
+    def _mix(
+        self, x: Array, cache: dict[str, Array] | None, segment_ids: Ids | None, layer_input: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        new: dict[str, Array] = {}
+        streams = self._streams(x)
+        for name, conv in self._convolutions().items():
+            if cache is None:
+                streams[name] = conv(streams[name], segment_ids)
+            else:
+                streams[name], new[name] = conv.prefill(streams[name], cache[name], segment_ids)
+        position = None
+        if self.reads_positions:
+            start = None if cache is None else cache["position"]
+            position, new["position"] = positions_after(x.shape[:2], start, segment_ids)
+        arguments = self._arguments(streams, x, position, layer_input)
+        o, state = gated_linear_attention(
+            **arguments,
+            scale=self.scale,
+            initial_state=None if cache is None else cache["state"],
+            output_final_state=cache is not None,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        if state is not None:
+            new["state"] = state
+        return self._output(o, x, streams, arguments), new
+
+    def _convolutions(self) -> dict[str, ShortConvolution]:
+        found = {name: getattr(self, name) for name in self.convolutions}
+        return {name: conv for name, conv in found.items() if conv is not None}
+
+
+def check_common(hidden_size: int, norm_eps: float, init_std: float, implementation: Any) -> Implementation | None:
+    """The implementation, once a layer's arguments outside of its config have been checked."""
+    check_type("hidden_size", "int", hidden_size)
+    if hidden_size < 1:
+        raise ValueError(f"hidden_size: must be at least 1, got {hidden_size}")
+    for name, value in (("norm_eps", norm_eps), ("init_std", init_std)):
+        check_type(name, "float", value)
+        if value <= 0:
+            raise ValueError(f"{name}: must be positive, got {value!r}")
+    allowed = (None, *get_args(Implementation))
+    if implementation not in allowed:
+        raise ValueError(f"implementation: must be one of {', '.join(map(str, allowed))}, got {implementation!r}")
+    return cast(Implementation | None, implementation)
+
+
+def head_width(name: str, hidden_size: int, expand: float, num_heads: int) -> int:
+    """hidden_size * expand / num_heads; a ValueError that names the argument if it is not a whole number."""
+    width = hidden_size * expand
+    if width < num_heads or width % num_heads:
+        raise ValueError(
+            f"{name}: hidden_size * {name} = {hidden_size} * {expand} must be a multiple of num_heads = {num_heads}"
+        )
+    return int(width) // num_heads

@@ -1,0 +1,113 @@
+"""Scores against the softmax of a plain call, in batches of unequal rows, blocks and buckets."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gla_jax.interop.harness import Harness, make_lm
+from gla_jax.interop.scoring import continuation_likelihoods, perplexity_by_place, token_log_likelihoods
+from tests.interop.test_text import Bytes
+from tests.nn.family import CONFIGS
+from tests.nn.options import build, forward
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(CONFIGS["gla"].replace(vocab_size=257))
+
+
+def plainly(model, ids):
+    """log p of each token but the first, and whether it is the argmax, from all logits at once in float64."""
+    logits = np.asarray(forward(model, jnp.asarray([ids], jnp.int32))[0], np.float64)[:-1]
+    logs = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+    rows = np.arange(len(ids) - 1)
+    return logs[rows, ids[1:]], logits.argmax(-1) == np.asarray(ids[1:])
+
+
+def text(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 257, n).tolist()
+
+
+@pytest.mark.parametrize("piece", [4, 7, 256])
+def test_pieces_of_the_logits_change_nothing(model, piece):
+    ids = text(20)
+    scores, greedy = token_log_likelihoods(model, jnp.asarray([ids]), None, piece)
+    want, want_greedy = plainly(model, ids)
+    np.testing.assert_allclose(scores[0], want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(greedy[0], want_greedy)
+
+
+def test_continuations_of_unequal_lengths(model):
+    pairs = [(text(a, a), text(b, 50 + b)) for a, b in ((5, 3), (1, 1), (20, 9), (2, 30), (7, 2))]
+    found = continuation_likelihoods(model, pairs, batch_size=2)
+    for (context, continuation), score in zip(pairs, found, strict=True):
+        want, _ = plainly(model, context + continuation)
+        assert score.log_likelihood == pytest.approx(want[len(context) - 1 :].sum(), rel=1e-4)
+        assert not score.greedy
+    likeliest = int(jnp.argmax(forward(model, jnp.asarray([pairs[0][0]]))[0, -1]))
+    assert continuation_likelihoods(model, [(pairs[0][0], [likeliest])])[0].greedy
+    with pytest.raises(ValueError, match=r"^pairs: contexts and continuations must have at least one token"):
+        continuation_likelihoods(model, [([], [1])])
+
+
+def test_perplexity_by_place(model):
+    documents = [text(13), text(9, 1), text(11, 2)]
+    joined = [token for document in documents for token in document]
+    buckets = perplexity_by_place(model, documents, block=14, bucket=5)
+    losses: dict[int, list[float]] = {}
+    for begin in range(0, 33, 14):
+        own, _ = plainly(model, joined[begin : begin + 14])
+        for place, value in enumerate(own, 1):
+            losses.setdefault(place // 5, []).append(-value)
+    assert [(b.start, b.stop, b.tokens) for b in buckets] == [
+        (0, 5, len(losses[0])),
+        (5, 10, len(losses[1])),
+        (10, 14, len(losses[2])),
+    ]
+    for i, bucket in enumerate(buckets):
+        assert bucket.loss == pytest.approx(np.mean(losses[i]), rel=1e-4)
+        assert bucket.perplexity == pytest.approx(math.exp(bucket.loss))
+    with pytest.raises(ValueError, match=r"^documents: must have at least two tokens together, got 1"):
+        perplexity_by_place(model, [[3]])
+    with pytest.raises(ValueError, match=r"^block and bucket: must be at least 2 and 1"):
+        perplexity_by_place(model, documents, block=1)
+
+
+def request(*args):
+    return SimpleNamespace(args=args)
+
+
+def test_the_harness_s_questions(model):
+    harness = Harness(model, Bytes(), 256, max_length=8, batch_size=3, max_new_tokens=6)
+    ids = [256, *b"to be or not to be"]
+    (score, greedy), (empty, _) = harness.loglikelihood([request("to be ", "or"), request("", "or")])
+    want, _ = plainly(model, list(b"to be or")[-10:])
+    assert score == pytest.approx(want[-3:].sum(), rel=1e-4)  # the space is the continuation's
+    assert greedy in (True, False)
+    assert empty == pytest.approx(plainly(model, [256, *b"or"])[0].sum(), rel=1e-4)
+    (rolling,) = harness.loglikelihood_rolling([request("to be or not to be")])
+    windows = [ids[begin - 1 : begin + 8] for begin in range(1, len(ids), 8)]
+    assert rolling == pytest.approx(sum(plainly(model, window)[0].sum() for window in windows), rel=1e-4)
+    (whole,) = harness.generate_until([request("to be", {})])
+    (cut,) = harness.generate_until([request("to be", {"until": [whole[2]]})])
+    assert cut == whole[: whole.index(whole[2])]
+    (short,) = harness.generate_until([request("to be", {"max_gen_toks": 2})])
+    assert whole.startswith(short[:1])
+
+
+def test_lm_eval_takes_it(model):
+    pytest.importorskip("lm_eval", reason="lm-eval (with its data set libraries) is not installed")
+    from lm_eval.api.instance import Instance
+
+    lm = make_lm(Harness(model, Bytes(), 256))
+    asked = [Instance("loglikelihood", {}, ("to be ", "or"), 0)]
+    assert lm.loglikelihood(asked) == Harness(model, Bytes(), 256).loglikelihood(asked)
+    assert jax.tree.structure(lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("or",), 0)]))

@@ -1,0 +1,95 @@
+"""Streaming text: the pieces are the text, whole characters at a time, whatever the tokenizer joins."""
+
+import pytest
+
+from gla_jax.interop import load_tokenizer, stream_text
+from gla_jax.interop.text import _pieces
+from gla_jax.safetensors import CheckpointError
+from tests.nn.family import CONFIGS
+from tests.nn.options import build
+
+
+class Ids(list):
+    @property
+    def ids(self):
+        return self
+
+
+class Bytes:
+    """Bytes as tokens; 256 is a token that decodes to nothing."""
+
+    def encode(self, text):
+        return Ids(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class Words:
+    """Words as tokens, with spaces between them: what a token shows depends on whether one stands before it."""
+
+    words = ("to", "be", "or", "not")
+
+    def encode(self, text):
+        return Ids(self.words.index(word) for word in text.split())
+
+    def decode(self, ids):
+        return " ".join(self.words[i] for i in ids)
+
+
+def pieces(tokenizer, prompt, text, stops=()):
+    drawn = ([token] for token in tokenizer.encode(text).ids)
+    return list(_pieces(drawn, tokenizer, list(tokenizer.encode(prompt).ids), frozenset(stops)))
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語", "a👩‍👩‍👧b", "�", ""])
+def test_bytes_of_a_character_come_together(text):
+    made = pieces(Bytes(), "Über ", text)
+    assert "".join(made) == text
+    assert "�" not in "".join(made).replace("�", "", text.count("�"))
+    assert all(len(piece) == 1 for piece in made)
+
+
+def test_bytes_that_are_no_character_are_shown_at_the_end():
+    drawn = ([byte] for byte in "é".encode()[:1])
+    assert list(_pieces(drawn, Bytes(), [65], frozenset())) == ["�"]
+
+
+def test_spaces_between_tokens_are_kept():
+    made = pieces(Words(), "to be", "or not to be")
+    assert made == [" or", " not", " to", " be"]
+
+
+def test_stop_tokens_are_not_shown():
+    drawn = iter([[97], [10], [98]])
+    assert list(_pieces(drawn, Bytes(), [65], frozenset([10]))) == ["a"]
+
+
+def test_from_a_model():
+    model = build(CONFIGS["gla"].replace(vocab_size=128))
+    made = "".join(stream_text(model, Bytes(), "hello", 12))
+    assert len(made.encode()) == 12
+    assert made == "".join(stream_text(model, Bytes(), "hello", 12, temperature=0.0))
+    with pytest.raises(ValueError, match=r"^prompt: must have at least one token"):
+        stream_text(model, Bytes(), "", 3)
+    with pytest.raises(ValueError, match=r"^num_samples: must be 1 to stream text, got 2"):
+        stream_text(model, Bytes(), "a", 3, num_samples=2)
+
+
+def test_a_tokenizer_of_the_package(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra gla_jax[hub] is not installed")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["to be or not to be, that is the question: naïve 日本語"] * 3, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    text = " is naïve, not 日本 — 語 👩‍👧"
+    assert "".join(pieces(tokenizer, "to be", text)) == text
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json$"):
+        load_tokenizer(tmp_path)

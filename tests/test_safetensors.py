@@ -1,0 +1,103 @@
+"""The reader against files cut, forged and foreign; the writer against the reader."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gla_jax.safetensors import CheckpointError, open_checkpoint, save_checkpoint, write
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "a": rng.normal(size=(3, 5)).astype(np.float32),
+        "b.c": rng.normal(size=(7,)).astype(ml_dtypes.bfloat16),
+        "half": rng.normal(size=(2, 2)).astype(np.float16),
+        "none": np.zeros((0, 4), np.float32),
+        "one": np.array(3, np.int64),
+        "yes": np.array([True, False, True]),
+    }
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 40, 10**6])
+def test_what_is_written_is_read(tmp_path, shard_bytes):
+    save_checkpoint(tmp_path, arrays(), shard_bytes)
+    found = open_checkpoint(tmp_path)
+    assert found.keys() == arrays().keys()
+    for name, array in arrays().items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name].read(), array)
+    assert (tmp_path / "model.safetensors").exists() == (shard_bytes == 10**6)
+
+
+def test_the_layout_is_the_format_s(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write(path, {"a": np.arange(3, dtype=np.int32)})
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    assert json.loads(raw[8 : 8 + length])["a"] == {"dtype": "I32", "shape": [3], "data_offsets": [0, 12]}
+    assert raw[8 + length :] == np.arange(3, dtype=np.int32).tobytes()
+
+
+def forged(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]},
+        {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        ["F32"],
+        None,
+    ],
+    ids=str,
+)
+def test_an_entry_that_does_not_add_up_is_refused(tmp_path, entry):
+    path = forged(tmp_path / "x.safetensors", {"w": entry}, bytes(8))
+    with pytest.raises(CheckpointError, match=r"the header's entry of 'w' is not one of safetensors"):
+        open_checkpoint(path)
+
+
+def test_what_is_no_file_of_the_kind_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((10**15).to_bytes(8, "little"))  # a header that would fill the memory
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        open_checkpoint(path)
+    path.write_bytes(b"PK\3")
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        open_checkpoint(path)
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        open_checkpoint(forged(path, b"\xff\xfe"))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match="and pickles are not read"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_names_only_what_is_beside_it(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for weight_map, says in (
+        ({"a": "../x.safetensors"}, "names the shard '../x.safetensors', which is not in its folder"),
+        ({"a": "gone.safetensors"}, "names the shard 'gone.safetensors'"),
+        (["a"], "weight_map must map names to files"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=says):
+            open_checkpoint(tmp_path)
+    write(tmp_path / "s.safetensors", {"a": np.zeros(1, np.float32)})
+    index.write_text(json.dumps({"weight_map": {"a": "s.safetensors", "b": "s.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"no shard holds b$"):
+        open_checkpoint(tmp_path)
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        open_checkpoint(tmp_path)
