@@ -1,5 +1,6 @@
 """The gated linear attention layer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from gla_jax.attention import Implementation, gated_linear_attention
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.norm import LayerNorm, RMSNorm
 from gla_jax.nn.sharding import linear
+from gla_jax.sequence_parallel import sequence_parallel
 from gla_jax.step import gated_linear_attention_step
 
 __all__ = ["FEATURE_MAPS", "GatedLinearAttention"]
@@ -60,6 +62,8 @@ class GatedLinearAttention(nnx.Module):
       norm_eps: its epsilon.
       init_std: standard deviation of the initial projections; biases start at 0.
       implementation: of the op, as in `gated_linear_attention`.
+      sequence_axis: the mesh axis over which whole sequences are sharded in time, or None. Calls then go through
+        `sequence_parallel`, under `jax.set_mesh` or inside shard_map; `prefill` and `step` are for None.
       dtype: computed in; None follows input and parameters.
       param_dtype: of the parameters.
 
@@ -88,6 +92,7 @@ class GatedLinearAttention(nnx.Module):
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
         implementation: Implementation | None = None,
+        sequence_axis: str | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -101,6 +106,7 @@ class GatedLinearAttention(nnx.Module):
             raise ValueError(f"output_norm: one of {sorted(OUTPUT_NORMS)}, got {output_norm!r}")
         self.gate_normalizer, self.gate_clamp = gate_normalizer, gate_clamp
         self.feature_map, self.implementation, self.dtype = feature_map, implementation, dtype
+        self.sequence_axis = sequence_axis
 
         q_width, k_width = num_heads * self.head_k, self.num_kv_heads * self.head_k
         v_width, o_width = self.num_kv_heads * self.head_v, num_heads * self.head_v
@@ -119,9 +125,10 @@ class GatedLinearAttention(nnx.Module):
         self.o_norm = norm(self.head_v, eps=norm_eps, affine=output_norm_affine, **common)
         self.q_conv = self.k_conv = self.v_conv = nnx.data(None)
         if conv_size:
-            self.q_conv = ShortConvolution(q_width, conv_size, axis="heads", bias=conv_bias, **common)
-            self.k_conv = ShortConvolution(k_width, conv_size, axis="kv_heads", bias=conv_bias, **common)
-            self.v_conv = ShortConvolution(v_width, conv_size, axis="kv_heads", bias=conv_bias, **common)
+            taps = {"bias": conv_bias, "sequence_axis": sequence_axis, **common}
+            self.q_conv = ShortConvolution(q_width, conv_size, axis="heads", **taps)
+            self.k_conv = ShortConvolution(k_width, conv_size, axis="kv_heads", **taps)
+            self.v_conv = ShortConvolution(v_width, conv_size, axis="kv_heads", **taps)
 
     def init_cache(self, batch_size: int) -> dict[str, Array]:
         """What a sequence is before its first token: {"state": zeros [b, hk, k, v], and the convolutions' inputs}."""
@@ -142,6 +149,8 @@ class GatedLinearAttention(nnx.Module):
         Negative segment ids (padding) leave the cache as it is. They may lie at the left of a row whose cache is still
         empty, and at the right of any.
         """
+        if self.sequence_axis is not None:
+            raise ValueError(f"sequence_axis: must be None where there is a cache, got {self.sequence_axis!r}")
         return self._mix(x, cache, segment_ids)
 
     def step(self, x: Float[Array, "b d"], cache: dict[str, Array]) -> tuple[Float[Array, "b d"], dict[str, Array]]:
@@ -165,7 +174,10 @@ class GatedLinearAttention(nnx.Module):
                 projections[name], new[name] = conv.prefill(projections[name], cache[name], segment_ids)
         q, k, v = (projections[name] for name in ("q_conv", "k_conv", "v_conv"))
         q, k, v, g = self._heads(q, k, v, self._gate(x))
-        o, state = gated_linear_attention(
+        op = gated_linear_attention
+        if self.sequence_axis is not None:
+            op = functools.partial(sequence_parallel, axis=self.sequence_axis)
+        o, state = op(
             q,
             k,
             v,

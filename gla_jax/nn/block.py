@@ -78,5 +78,6 @@ def _mixer(config: GLAConfig, **common: Any) -> GatedLinearAttention:
         norm_eps=config.norm_eps,
         init_std=config.init_std,
         implementation=cast(Implementation | None, config.implementation),
+        sequence_axis=config.sequence_axis,
         **common,
     )

@@ -75,6 +75,8 @@ class GLAConfig:
     """Blocks written out in a turn of the loop over layers: more run faster on a CPU, and compile longer."""
     implementation: str | None = None
     """Of the op: None for the best there is, or a name (see gated_linear_attention)."""
+    sequence_axis: str | None = None
+    """Mesh axis that time is sharded over in whole sequences (see sequence_parallel), or None."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.block import GLABlock
 from gla_jax.nn.config import GLAConfig
 from gla_jax.nn.norm import RMSNorm
-from gla_jax.nn.sharding import embedding, linear
+from gla_jax.nn.sharding import by_rows, embedding, linear, on_auto_axes
 
 __all__ = ["GLAForCausalLM"]
 
@@ -58,23 +59,45 @@ class GLAForCausalLM(nnx.Module):
           segment_ids: [b, t]; at any change of id a new document starts that sees nothing of the one before, and
             negative ids are padding, which no other token sees. Padding must not lie inside a document.
         """
-        return self.logits(self.hidden(tokens, segment_ids))
+
+        def run(model: GLAForCausalLM, tokens: Array, ids: Array | None) -> Array:
+            return model.logits(model.hidden(tokens, ids))
+
+        return on_auto_axes(run, self, tokens, segment_ids, out_specs=_like(tokens, None))
 
     def hidden(self, tokens: Int[Array, "b t"], segment_ids: Ids | None = None) -> Float[Array, "b t d"]:
         """The normalised activations [b, t, d] that `logits` reads: for a loss that never holds all logits at once."""
 
-        def run(x: Array, block: GLABlock) -> tuple[Array, None]:
-            return block(x, segment_ids), None
+        def run(model: GLAForCausalLM, tokens: Array, ids: Array | None) -> Array:
+            x, _ = model._scan(lambda x, block: (block(x, ids), None), model._embed(tokens))
+            return model.norm(x)
 
-        x, _ = self._scan(run, self._embed(tokens))
-        return self.norm(x)
+        return on_auto_axes(run, self, tokens, segment_ids, out_specs=_like(tokens, None))
+
+    def hidden_after(
+        self, tokens: Int[Array, "b t"], cache: Any, segment_ids: Ids | None = None
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """`hidden` of tokens [b, t] that follow what the cache has seen, and the cache after them.
+
+        The arguments are those of `prefill`; padding may lie at the right, and at the left while the cache is empty.
+        """
+
+        def run(model: GLAForCausalLM, tokens: Array, cache: Any, ids: Array | None) -> tuple[Array, Any]:
+            x, cache = model._scan(lambda x, block, cache: block.prefill(x, cache, ids), model._embed(tokens), cache)
+            return model.norm(x), cache
+
+        out_specs = (_like(tokens, None), _specs(cache))
+        return on_auto_axes(run, self, tokens, cache, segment_ids, out_specs=out_specs)
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits [..., vocab] from what `hidden` returns."""
-        weight = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        rows = hidden.reshape(-1, hidden.shape[-1])  # as in `linear`, for the weight's gradient on a CPU
-        logits = jnp.dot(rows, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return logits.reshape(*hidden.shape[:-1], -1)
+
+        def run(model: GLAForCausalLM, hidden: Array) -> Array:
+            weight = model.embed.embedding[...].T if model.lm_head is None else model.lm_head.kernel[...]
+            weight = weight.astype(hidden.dtype)
+            return by_rows(lambda rows: jnp.dot(rows, weight, preferred_element_type=jnp.float32), hidden)
+
+        return on_auto_axes(run, self, hidden, out_specs=_like(hidden))
 
     def init_cache(self, batch_size: int) -> Any:
         """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""
@@ -102,22 +125,24 @@ class GLAForCausalLM(nnx.Module):
           Logits [b, vocab] after the last token of each row that is not padding, and the cache there. A row of nothing
           but padding keeps its cache; its logits mean nothing.
         """
+        out_specs = (PartitionSpec(_like(tokens)[0], None), _specs(cache))
+        return on_auto_axes(GLAForCausalLM._prefill, self, tokens, cache, segment_ids, out_specs=out_specs)
+
+    def _prefill(self, tokens: Array, cache: Any, segment_ids: Ids | None) -> tuple[Array, Any]:
         last = jnp.full((tokens.shape[0],), tokens.shape[1] - 1)
         if segment_ids is not None:
             # Padding goes to the right: then every token's neighbours, for the convolutions, are its document's own.
             order = jnp.argsort(segment_ids < 0, axis=1, stable=True)
             tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
             last = jnp.maximum(jnp.sum(segment_ids >= 0, 1) - 1, 0)
-
-        def run(x: Array, block: GLABlock, cache: Any) -> tuple[Array, Any]:
-            return block.prefill(x, cache, segment_ids)
-
-        x, cache = self._scan(run, self._embed(tokens), cache)
-        x = jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
-        return self.logits(self.norm(x)), cache
+        x, cache = self.hidden_after(tokens, cache, segment_ids)
+        return self.logits(jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]), cache
 
     def step(self, token: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b vocab"], Any]:
         """Logits [b, vocab] after one more token [b], and the cache after it, in constant time and memory."""
+        return on_auto_axes(GLAForCausalLM._step, self, token, cache, out_specs=(_like(token, None), _specs(cache)))
+
+    def _step(self, token: Array, cache: Any) -> tuple[Array, Any]:
         graphdef, params = nnx.split(self.layers)
 
         # The cache is carried, not scanned over, so that each layer's part is replaced in place.
@@ -147,3 +172,12 @@ class GLAForCausalLM(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, x, (params, *per_layer), unroll=min(self.config.layer_unroll, self.config.num_layers))
+
+
+def _like(x: Array, *more: None) -> PartitionSpec:
+    """The sharding of x, for an array with more axes at its end; replicated where none is known."""
+    return PartitionSpec(*jax.typeof(x).sharding.spec, *more)
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(_like, tree)

@@ -17,9 +17,18 @@ from typing import Any
 
 import jax
 from flax import linen, nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["DEFAULT_RULES", "create_sharded", "embedding", "linear", "param_shardings", "parameter"]
+__all__ = [
+    "DEFAULT_RULES",
+    "by_rows",
+    "create_sharded",
+    "embedding",
+    "linear",
+    "on_auto_axes",
+    "param_shardings",
+    "parameter",
+]
 
 type Axes = tuple[str | None, ...]
 type Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -48,11 +57,37 @@ def parameter(init: Callable, shape: tuple[int, ...], axes: Axes, *, param_dtype
 
 
 class _Linear(nnx.Linear):
-    """nnx.Linear over rows [n, in]: for the gradient of its weights XLA's CPU backend would transpose [b, t, in]."""
+    """nnx.Linear `by_rows`."""
 
     def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), **kwargs)
-        return rows.reshape(*inputs.shape[:-1], -1)
+        return by_rows(lambda rows: super(_Linear, self).__call__(rows, **kwargs), inputs)
+
+
+def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """f(x) for x [..., in] as rows [n, in]: for a weight's gradient XLA's CPU backend would transpose [b, t, in].
+
+    On a mesh of many devices x stays as it is: b and t may both be sharded, and rows would have to be gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return f(x)
+    return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def on_auto_axes(call: Callable[..., Any], module: nnx.Module, *arrays: Any, out_specs: Any) -> Any:
+    """call(module, *arrays), for which the partitioner places what is computed even on Explicit mesh axes.
+
+    `out_specs` says how results lie on the Explicit axes that there are; without any it is not read.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return call(module, *arrays)
+    graphdef, state = nnx.split(module)
+
+    def run(state: Any, *arrays: Any) -> Any:
+        return call(nnx.merge(graphdef, state), *arrays)
+
+    return jax.sharding.auto_axes(run, out_sharding=out_specs)(state, *arrays)
 
 
 def linear(
