@@ -13,7 +13,7 @@ from gla_jax.array_types import Array, Ids
 from gla_jax.nn.block import GLABlock
 from gla_jax.nn.config import GLAConfig
 from gla_jax.nn.norm import RMSNorm
-from gla_jax.nn.sharding import by_rows, embedding, linear, on_auto_axes
+from gla_jax.nn.sharding import by_rows, embedding, gathered, linear, on_auto_axes
 
 __all__ = ["GLAForCausalLM"]
 
@@ -93,7 +93,9 @@ class GLAForCausalLM(nnx.Module):
         """Float32 logits [..., vocab] from what `hidden` returns."""
 
         def run(model: GLAForCausalLM, hidden: Array) -> Array:
-            weight = model.embed.embedding[...].T if model.lm_head is None else model.lm_head.kernel[...]
+            weight = (
+                _whole(model.embed).embedding[...].T if model.lm_head is None else _whole(model.lm_head).kernel[...]
+            )
             weight = weight.astype(hidden.dtype)
             return by_rows(lambda rows: jnp.dot(rows, weight, preferred_element_type=jnp.float32), hidden)
 
@@ -157,14 +159,14 @@ class GLAForCausalLM(nnx.Module):
         return self.logits(self.norm(x)), cache
 
     def _embed(self, tokens: Array) -> Array:
-        return jnp.take(self.embed.embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
+        return jnp.take(_whole(self.embed).embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
 
     def _scan(self, run: Callable, x: Array, *per_layer: Any) -> tuple[Array, Any]:
         """x through run(x, block, ...) for each block in turn, under the config's remat policy."""
         graphdef, params = nnx.split(self.layers)
 
         def body(x: Array, layer: tuple) -> tuple[Array, Any]:
-            return run(x, nnx.merge(graphdef, layer[0]), *layer[1:])
+            return run(x, nnx.merge(graphdef, gathered(layer[0])), *layer[1:])
 
         if self.config.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -172,6 +174,11 @@ class GLAForCausalLM(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, x, (params, *per_layer), unroll=min(self.config.layer_unroll, self.config.num_layers))
+
+
+def _whole[M: nnx.Module](module: M) -> M:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, gathered(state))
 
 
 def _like(x: Array, *more: None) -> PartitionSpec:

@@ -12,6 +12,7 @@ A dictionary of rules says which mesh axis each name goes to; `DEFAULT_RULES` is
 every mesh, and Flax's own `nnx.get_named_sharding` under `nnx.logical_axis_rules(rules)` reads the same metadata.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "by_rows",
     "create_sharded",
     "embedding",
+    "gathered",
     "linear",
     "on_auto_axes",
     "param_shardings",
@@ -158,6 +160,49 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
         return variable.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def gathered(state: Any, rules: Rules = DEFAULT_RULES) -> Any:
+    """Parameters about to be used, whole along "fsdp" axes of the mesh in use; their gradients go back in parts.
+
+    Without this the partitioner is free to gather activations in place of parameters.
+
+    Args:
+      state: the state of a module, or of one layer taken from a stack.
+      rules: as in `param_shardings`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("fsdp", 1) == 1 or AxisType.Explicit in mesh.axis_types:
+        return state
+
+    def place(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        names = (variable.get_metadata().get("out_sharding") or ())[-value.ndim :]
+        parts = [rules[name] if name is not None else None for name in names]
+        present = [part if part in mesh.shape else None for part in parts]
+        whole = [None if part == "fsdp" else part for part in present]
+        if whole == present:
+            return variable
+        return variable.replace(_gather(value, PartitionSpec(*whole), PartitionSpec(*present)))
+
+    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gather(x, whole, parts), None
+
+
+def _gather_backward(whole: PartitionSpec, parts: PartitionSpec, _: None, ct: jax.Array) -> tuple[jax.Array]:
+    # Summed over the devices before it is cut: a scatter's cotangent would else be moved to where its parts are.
+    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(ct, whole), parts),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def create_sharded[M: nnx.Module](make: Callable[[], M], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> M:

@@ -49,9 +49,9 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
         """Save a state and the data's position at its step; returns when both are copied, before they are written."""
-        optimizer = {"step": state.step, "state": state.optimizer}
-        checks = {"params": fingerprint(state.params), "optimizer": fingerprint(optimizer)}
-        parts = {"params": state.params, "optimizer": optimizer, "checks": checks, "data": data}
+        parts = _parts(state)
+        checks = {name: fingerprint(part) for name, part in parts.items()}
+        parts = {**parts, "checks": checks, "data": data}
         self._orbax.save_checkpointables_async(int(state.step), parts, overwrite=True)
 
     def wait(self) -> None:
@@ -64,26 +64,28 @@ class Checkpoints:
         Raises:
           InputError: if there are checkpoints, and none is whole.
         """
-        optimizer = {"step": abstract.step, "state": abstract.optimizer}
-        parts = self._newest(abstract, {"params": abstract.params, "optimizer": optimizer}, {"data": data})
+        parts = self._newest(abstract, _parts(abstract), {"data": data})
         if parts is None:
             return None
-        return TrainState(parts["optimizer"]["step"], parts["params"], parts["optimizer"]["state"])
+        rest = parts["optimizer"]
+        monitor = None if abstract.monitor is None else rest["monitor"]
+        return TrainState(rest["step"], parts["params"], rest["state"], parts.get("average"), monitor)
 
     def restore_params(self, abstract: TrainState) -> Any:
-        """The parameters of the newest checkpoint that is whole.
+        """The parameters for evaluation and sampling of the newest checkpoint that is whole.
 
         Raises:
           InputError: if there is none.
         """
-        parts = self._newest(abstract, {"params": abstract.params}, {})
+        name = "params" if abstract.average is None else "average"
+        parts = self._newest(abstract, {name: abstract.evaluated}, {})
         if parts is None:
             raise InputError(f"argument RUN: {self._directory.parent} has no checkpoint yet; train it first")
-        return parts["params"]
+        return parts[name]
 
     def _newest(self, abstract: TrainState, wanted: dict[str, Any], stateful: dict[str, Any]) -> dict[str, Any] | None:
         scalar = jax.ShapeDtypeStruct((), np.uint32, sharding=abstract.step.sharding)
-        checks = {"params": scalar, "optimizer": scalar}
+        checks = dict.fromkeys(_parts(abstract), scalar)
         found = [checkpoint.step for checkpoint in self._orbax.checkpoints]
         for step in reversed(found):
             try:
@@ -100,6 +102,15 @@ class Checkpoints:
                 f"argument --run: every checkpoint in {self._directory} is damaged; give a new folder to start over"
             )
         return None
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state, each under a name of its own."""
+    rest = {"step": state.step, "state": state.optimizer}
+    if state.monitor is not None:
+        rest["monitor"] = state.monitor
+    parts = {"params": state.params, "optimizer": rest}
+    return parts if state.average is None else {**parts, "average": state.average}
 
 
 @jax.jit

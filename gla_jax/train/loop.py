@@ -11,10 +11,11 @@ import numpy as np
 from gla_jax.train.checkpoints import Checkpoints
 from gla_jax.train.config import InputError, TrainConfig
 from gla_jax.train.corpus import DOCUMENT, Corpus, load_corpus
-from gla_jax.train.data import evaluation_batches, training_batches
+from gla_jax.train.data import Source, evaluation_batches, training_batches
+from gla_jax.train.mesh import make_mesh
 from gla_jax.train.metrics import Log, Progress, bits, duration, read_log
 from gla_jax.train.run_folder import CHECKPOINTS, LOG, open_run
-from gla_jax.train.step import Program, TrainState, make_mesh, make_program
+from gla_jax.train.step import Program, TrainState, make_program
 
 __all__ = ["Result", "train"]
 
@@ -49,9 +50,11 @@ def train(config: TrainConfig, out: Any = None) -> Result:
 class _Run:
     def __init__(self, config: TrainConfig, corpus: Corpus, folder: Path, out: Any):
         self._config, self._folder, self._out = config, folder, out
-        self._data = training_batches(corpus.train, batch=config.batch, length=config.length, seed=config.seed)
+        self._data = training_batches(
+            [Source(corpus.train)], batch=config.batch, length=config.length, seed=config.seed
+        )
         self._held_out = corpus.validation
-        mesh = make_mesh(config.batch)
+        mesh = make_mesh(config)
         self._program: Program = make_program(config, mesh)
         self._progress = Progress(config.steps, config.batch * config.length, out)
         if mesh.size < jax.device_count():
@@ -116,7 +119,7 @@ class _Run:
         # Summed in float64 on the host, a batch at a time. The ends of documents cost bits too, and are no bytes.
         nats, size = 0.0, int(np.sum(self._held_out != DOCUMENT))
         for batch in evaluation_batches(self._held_out, batch=config.batch, length=config.length):
-            nats += float(self._program.evaluate(state.params, *map(self._program.place, batch)))
+            nats += float(self._program.evaluate(state.evaluated, self._program.place(batch)))
         per_byte = bits(nats) / size
         timing = {"seconds": round(time.monotonic() - began, 3)}
         log.write({"step": step, "held_out_bits_per_byte": per_byte, "timing": timing})

@@ -1,6 +1,7 @@
 """Text from a trained run, byte by byte from a cache of constant size."""
 
 import codecs
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from flax import nnx
 
 from gla_jax.nn import stream
 from gla_jax.train.checkpoints import Checkpoints
-from gla_jax.train.config import InputError
+from gla_jax.train.config import InputError, MeshConfig
 from gla_jax.train.corpus import DOCUMENT
+from gla_jax.train.mesh import make_mesh
 from gla_jax.train.run_folder import CHECKPOINTS, load_config
-from gla_jax.train.step import make_mesh, make_program
+from gla_jax.train.step import make_program
 
 __all__ = ["continue_text", "load_model"]
 
@@ -27,7 +29,8 @@ def load_model(run: Path) -> nnx.Module:
     config = load_config(run)
     if not (run / CHECKPOINTS).is_dir():
         raise InputError(f"argument RUN: {run} has no checkpoint yet; train it first")
-    program = make_program(config, make_mesh(1))  # a sample is one row
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1))  # a sample is one row
+    program = make_program(config, make_mesh(config))
     with Checkpoints(run / CHECKPOINTS, keep=None) as checkpoints:
         return nnx.merge(program.graphdef, checkpoints.restore_params(program.abstract))
 
