@@ -44,9 +44,13 @@ class TrainConfig:
     run: Path = Path("runs/shakespeare")
     """Folder of the run; if it holds an unfinished run with the same settings, that run goes on."""
     data: Path | None = None
-    """UTF-8 text, or .jsonl with a "text" field on each line (either may end in .xz); default: Shakespeare."""
+    """UTF-8 text, .jsonl or .parquet with a "text" field, .array_record, or a folder of `gla-jax tokenize`."""
+    mix: tuple[str, ...] = ()
+    """More data to train on, each PATH=WEIGHT against --data's weight of 1; what is held out is --data's."""
+    pack: bool = False
+    """Pack whole documents into rows, of which none sees another, in place of windows over all text."""
     model: GLAConfig = dataclasses.field(default_factory=GLAConfig.tiny)
-    """The model; its vocabulary is the 256 bytes."""
+    """The model; its vocabulary is the 256 bytes, or holds the tokenizer's."""
     steps: int = 2200
     """Optimizer steps in all."""
     batch: int = 4
@@ -91,6 +95,14 @@ class TrainConfig:
     """Checkpoints kept."""
     sample: int = 400
     """Bytes of the closing sample."""
+    distributed: str | None = None
+    """Many processes: "auto" on a cluster that JAX knows, or ADDRESS:PORT,PROCESSES,NUMBER of this one; None: one."""
+    profile: int | None = None
+    """First step of five that are written to the run's folder profile/, for xprof."""
+    tensorboard: bool = False
+    """Log to the run's folder tensorboard/, too."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases, too."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "length", "accumulate", "pieces", "eval_every", "save_every", "keep"):
@@ -107,9 +119,24 @@ class TrainConfig:
         self._require("pieces", self.pieces == 1 or self.mesh.sequence == 1, "1 with --mesh.sequence above 1")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample", self.sample >= 0, "at least 0")
+        self._require("profile", self.profile is None or self.profile >= 1, "at least 1 or None")
         self._require("seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
         if self.model.vocab_size < 256:
             raise InputError(f"argument --model.vocab-size: must be at least 256, got {self.model.vocab_size}")
+
+    @property
+    def sources(self) -> list[tuple[Path, float]]:
+        """The paths and weights of `mix`."""
+        sources = []
+        for text in self.mix:
+            path, _, weight = text.rpartition("=")
+            try:
+                sources.append((Path(path), float(weight)))
+            except ValueError:
+                sources.append((Path(path), math.nan))
+            if not path or not 0 < sources[-1][1] < math.inf:
+                raise InputError(f"argument --mix: must be PATH=WEIGHT with a positive weight, got {text!r}")
+        return sources
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -120,7 +147,9 @@ class TrainConfig:
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
     """The config as plain JSON values."""
     fields = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()} | {
+        "mix": list(config.mix)
+    }
 
 
 def config_from_json(fields: dict[str, Any]) -> TrainConfig:
@@ -132,6 +161,7 @@ def config_from_json(fields: dict[str, Any]) -> TrainConfig:
         data=None if data is None else Path(data),
         model=GLAConfig(**fields.pop("model")),
         mesh=MeshConfig(**fields.pop("mesh", {})),
+        mix=tuple(fields.pop("mix", ())),
         **fields,
     )
 

@@ -91,7 +91,7 @@ def training_batches(
     """
     number, processes = process
     rows = batch // processes
-    each = []
+    each: list[grain.MapDataset] = []
     for i, source in enumerate(sources):
         if separator is not None:
             pieces = _Pieces(source.stream, length, separator)

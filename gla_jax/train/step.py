@@ -112,10 +112,10 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
         average = state.average
         if average is not None:
             average = jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, average, params)
-        new, old = (params, optimizer_state, average), (state.params, state.optimizer, state.average)
-        kept = jax.tree.map(lambda new, old: jnp.where(rejected == 0, new, old), new, old)
+        new = TrainState(state.step + 1, params, optimizer_state, average, monitor)
+        old = dataclasses.replace(state, step=new.step, monitor=monitor)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step), "rejected": rejected}
-        return TrainState(state.step + 1, *kept, monitor), metrics
+        return jax.tree.map(lambda new, old: jnp.where(rejected == 0, new, old), new, old), metrics
 
     def evaluate(params: Any, batch: Batch) -> Array:
         return _nats(nnx.merge(graphdef, params), batch)

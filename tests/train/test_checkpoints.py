@@ -7,7 +7,7 @@ import pytest
 
 from gla_jax.train import InputError
 from gla_jax.train.checkpoints import Checkpoints, fingerprint
-from gla_jax.train.data import training_batches
+from gla_jax.train.data import Source, training_batches
 from gla_jax.train.step import TrainState
 
 STREAM = np.arange(200, dtype=np.uint8)
@@ -25,7 +25,7 @@ def abstract():
 
 
 def data():
-    return training_batches(STREAM, batch=2, length=9, seed=0)
+    return training_batches([Source(STREAM)], batch=2, length=9, seed=0)
 
 
 def save_steps(folder, steps, keep=2):
@@ -49,7 +49,7 @@ def test_what_is_saved_comes_back_with_the_datas_position(tmp_path):
         assert restored is not None
         assert restored.params["b"]["c"].dtype == jnp.bfloat16
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(abstract()), state_at(5).params)
-    np.testing.assert_array_equal(next(iterator), following[5])
+    np.testing.assert_array_equal(next(iterator).targets, following[5].targets)
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(tmp_path, how)
     with Checkpoints(tmp_path, note=told.append) as checkpoints:
         restored = checkpoints.restore(abstract(), iterator)
         jax.tree.map(np.testing.assert_array_equal, restored, state_at(2))
-        np.testing.assert_array_equal(next(iterator), following[2])
+        np.testing.assert_array_equal(next(iterator).targets, following[2].targets)
         (line,) = told
         assert line.startswith(f"checkpoint {tmp_path / '5'} is damaged, trying the one before (")
         # The damaged one is replaced when its step comes again.
