@@ -129,9 +129,10 @@ def fsdp(arguments: argparse.Namespace) -> dict[str, Any]:
 def long(arguments: argparse.Namespace) -> dict[str, Any]:
     mesh = MeshConfig(data=1, sequence=arguments.gpus)
     length = (arguments.tokens or (256 if arguments.small else 2**18)) * arguments.gpus
-    return rates(
-        TrainConfig(model=preset(arguments, "340m"), mesh=mesh, batch=1, length=length, optimizer="adamw"), arguments
-    )
+    # Logits of 4096 tokens a GPU at a time: all of them would take 33 GB.
+    parts = max(1, length // arguments.gpus // 4096)
+    config = TrainConfig(model=preset(arguments, "340m"), mesh=mesh, batch=1, length=length, loss_parts=parts)
+    return rates(dataclasses.replace(config, optimizer="adamw"), arguments)
 
 
 def data(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class TrainConfig:
     """Parts that a batch is cut into along its sequences, one after another on the devices, for less memory."""
     pieces: int = 1
     """Parts that a sequence is cut into in time: each starts from the state of the one before, and gradients stop."""
+    loss_parts: int = 1
+    """Parts of a sequence whose logits are held one after another: long ones have more of them than memory has room."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: matrices orthogonalised, all else by AdamW. adamw: the paper's."""
     learning_rate: float = 4e-3
@@ -105,7 +107,17 @@ class TrainConfig:
     """Log to this project of Weights & Biases, too."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "accumulate", "pieces", "eval_every", "save_every", "keep"):
+        for name in (
+            "steps",
+            "batch",
+            "length",
+            "accumulate",
+            "pieces",
+            "loss_parts",
+            "eval_every",
+            "save_every",
+            "keep",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "clip"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
@@ -116,6 +128,9 @@ class TrainConfig:
         for name, size in (("accumulate", "batch"), ("pieces", "length")):
             whole = getattr(self, size)
             self._require(name, whole % getattr(self, name) == 0, f"a divisor of --{size} = {whole}")
+        each = self.length // (self.pieces * self.mesh.sequence)
+        divides = f"a divisor of --length / --pieces / --mesh.sequence = {each}"
+        self._require("loss_parts", each % self.loss_parts == 0, divides)
         self._require("pieces", self.pieces == 1 or self.mesh.sequence == 1, "1 with --mesh.sequence above 1")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample", self.sample >= 0, "at least 0")

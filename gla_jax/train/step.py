@@ -118,7 +118,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
         return jax.tree.map(lambda new, old: jnp.where(rejected == 0, new, old), new, old), metrics
 
     def evaluate(params: Any, batch: Batch) -> Array:
-        return _nats(nnx.merge(graphdef, params), batch)
+        return _nats(config, nnx.merge(graphdef, params), batch)
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(initialize)
@@ -155,11 +155,11 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
 
 
 def weighted_nats(
-    logits: Float[Array, "b t vocab"],
-    targets: Int[Array, "b t"] | UInt[Array, "b t"],
-    weights: Float[Array, "b t"] | None,
+    logits: Float[Array, "*rows vocab"],
+    targets: Int[Array, "*rows"] | UInt[Array, "*rows"],
+    weights: Float[Array, "*rows"] | None,
 ) -> Float[Array, ""]:
-    """The weighted sum over targets [b, t] of -log p(target) in nats, float32; weights None for ones."""
+    """The weighted sum over targets [...] of -log p(target) in nats, float32; weights None for ones."""
     logits = logits.astype(jnp.float32)
     # Not a gather: the vocabulary may be sharded.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
@@ -167,9 +167,27 @@ def weighted_nats(
     return jnp.sum(losses if weights is None else losses * weights)
 
 
-def _nats(model: GLAForCausalLM, batch: Batch) -> Array:
-    logits = model(batch.inputs.astype(jnp.int32), batch.segment_ids)
-    return weighted_nats(logits, batch.targets, batch.weights)
+def _nats(config: TrainConfig, model: GLAForCausalLM, batch: Batch) -> Array:
+    return _nats_of(config, model, model.hidden(batch.inputs.astype(jnp.int32), batch.segment_ids), batch)
+
+
+def _nats_of(config: TrainConfig, model: GLAForCausalLM, hidden: Array, batch: Batch) -> Array:
+    """The weighted sum of nats from the last activations [b, t, d], config.loss_parts of the logits at a time."""
+
+    @jax.checkpoint
+    def part(total: Array, x: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
+        hidden, targets, weights = x
+        return total + weighted_nats(model.logits(hidden), targets, weights), None
+
+    if config.loss_parts == 1:
+        return weighted_nats(model.logits(hidden), batch.targets, batch.weights)
+
+    def cut(x: Array) -> Array:  # [parts, b, devices, ...]: of each device's time a part
+        x = x.reshape(x.shape[0], config.mesh.sequence, config.loss_parts, -1, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0)
+
+    xs = jax.tree.map(cut, (hidden, batch.targets, batch.weights))
+    return jax.lax.scan(part, jnp.float32(0), xs)[0]
 
 
 def _mean_gradient(config: TrainConfig, graphdef: Any, params: Any, batch: Batch) -> tuple[Array, Any]:
@@ -178,13 +196,13 @@ def _mean_gradient(config: TrainConfig, graphdef: Any, params: Any, batch: Batch
     low = jax.tree.map(lambda p: p.astype(config.gradient_dtype), params)
 
     def whole(batch: Batch) -> tuple[Array, Any]:
-        return jax.value_and_grad(lambda p: _nats(nnx.merge(graphdef, p), batch) / count)(low)
+        return jax.value_and_grad(lambda p: _nats(config, nnx.merge(graphdef, p), batch) / count)(low)
 
     def by_pieces(batch: Batch) -> tuple[Array, Any]:
         def loss(params: Any, piece: Batch, cache: Any) -> tuple[Array, Any]:
             model = nnx.merge(graphdef, params)
             hidden, cache = model.hidden_after(piece.inputs.astype(jnp.int32), cache, piece.segment_ids)
-            return weighted_nats(model.logits(hidden), piece.targets, piece.weights) / count, cache
+            return _nats_of(config, model, hidden, piece) / count, cache
 
         def step(cache: Any, x: tuple[Batch, Array | None]) -> tuple[Any, tuple[Array, Any]]:
             piece, fresh = x

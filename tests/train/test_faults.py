@@ -134,9 +134,9 @@ def test_fifty_kills_from_outside_at_random_moments(tmp_path, text):
     """Saves take most of the time here, so that many kills fall into one."""
     chance, kills = random.Random(1), 0
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    flags = ["--steps=600", "--save-every=10", "--eval-every=300"]
+    flags = ["--steps=2000", "--save-every=10", "--eval-every=1000"]
     whole, run = tmp_path / "whole", tmp_path / "run"
-    result = call("-m", "gla_jax.cli", "train", *command(whole, text), *flags)
+    result = call("-m", "gla_jax.cli", "train", *command(whole, text), *flags, environment=cache)
     assert result.returncode == 0, result.stderr
     while kills < 50:
         log = run / "log.jsonl"
@@ -149,14 +149,14 @@ def test_fifty_kills_from_outside_at_random_moments(tmp_path, text):
                 if log.exists() and log.stat().st_size > size:
                     break
                 time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.2))
+            time.sleep(chance.uniform(0, 0.1))
             assert process.poll() is None, (kills, process.stderr.read())
             process.kill()
             kills += 1
-    result = call("-m", "gla_jax.cli", "train", *command(run, text), *flags)
+    result = call("-m", "gla_jax.cli", "train", *command(run, text), *flags, environment=cache)
     assert result.returncode == 0, result.stderr
     assert records(run) == records(whole)
-    assert [record["step"] for record in read_log(run / "log.jsonl") if "loss" in record] == list(range(1, 601))
+    assert [record["step"] for record in read_log(run / "log.jsonl") if "loss" in record] == list(range(1, 2001))
 
 
 def test_flags_of_data_are_checked(config):

@@ -123,6 +123,8 @@ def test_short_pieces_and_no_devices_are_refused():
         make_mesh(config)
     with pytest.raises(InputError, match=r"^argument --mesh.fsdp: must be at least 1, got 0$"):
         MeshConfig(fsdp=0)
+    with pytest.raises(InputError, match=r"^argument --loss-parts: must be a divisor of .* = 8, got 3$"):
+        config_of((1, 1, 1, 8), loss_parts=3)
     with pytest.raises(InputError, match=r"^argument --pieces: must be 1 with --mesh.sequence above 1, got 2$"):
         config_of((1, 1, 1, 8), pieces=2)
 
@@ -133,5 +135,6 @@ def test_data_takes_the_devices_that_are_left():
     assert make_mesh(dataclasses.replace(config_of((None, 2, 1, 1)), batch=6)).size == 6
 
 
-def test_accumulating_is_the_same_step():
-    np.testing.assert_allclose(curve(config_of((2, 2, 1, 2), accumulate=2)), one_device(), rtol=0, atol=1e-5)
+def test_accumulating_and_logits_in_parts_are_the_same_step():
+    config = config_of((2, 2, 1, 2), accumulate=2, loss_parts=4)
+    np.testing.assert_allclose(curve(config), one_device(), rtol=0, atol=1e-5)
