@@ -76,11 +76,12 @@ def stepped(config, batches):
 
 
 ONE = MeshConfig(data=1)
+QUICK = MODEL.replace(implementation="reference")  # the op that compiles soonest
 TOO_HEAVY = BATCH._replace(weights=np.full((8, 32), np.nan, np.float32))
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace():
-    config = small("r", mesh=ONE, optimizer="adamw", ema=0.9)
+    config = small("r", mesh=ONE, optimizer="adamw", model=QUICK, ema=0.9)
     state, told = stepped(config, [BATCH, TOO_HEAVY, BATCH])
     assert told == ["", "the loss is not finite", ""]
     assert int(state.step) == 3
@@ -107,7 +108,7 @@ def test_a_spike_is_rejected_until_norms_have_risen_for_good():
 
 
 def test_the_running_mean_of_the_parameters():
-    config = small("r", mesh=ONE, optimizer="adamw", ema=0.75)
+    config = small("r", mesh=ONE, optimizer="adamw", model=QUICK, ema=0.75)
     program = make_program(config, make_mesh(config))
     state = program.initialize()
     want = jax.tree.map(np.asarray, state.params)
@@ -119,7 +120,9 @@ def test_the_running_mean_of_the_parameters():
 
 def test_bfloat16_gradients_are_nearly_the_same():
     program = {
-        d: make_program(small("r", mesh=ONE, optimizer="adamw", gradient_dtype=d), make_mesh(CONFIG))
+        d: make_program(
+            small("r", mesh=ONE, optimizer="adamw", model=QUICK, gradient_dtype=d), make_mesh(small("r", mesh=ONE))
+        )
         for d in ("float32", "bfloat16")
     }
     norms = {}
@@ -137,7 +140,9 @@ def test_weights_of_microbatches_are_of_tokens():
     weights[0], weights[1:, :3] = 1, 1
     batch = BATCH._replace(weights=weights)
     whole, parts = (
-        make_program(small("r", mesh=ONE, optimizer="adamw", accumulate=n), make_mesh(small("r", mesh=ONE)))
+        make_program(
+            small("r", mesh=ONE, optimizer="adamw", model=QUICK, accumulate=n), make_mesh(small("r", mesh=ONE))
+        )
         for n in (1, 4)
     )
     results = [p.train(p.initialize(), p.place(batch)) for p in (whole, parts)]
@@ -151,7 +156,7 @@ def test_pieces_carry_the_state_and_stop_gradients():
     ids[0] = np.arange(32) // 8  # segments that begin where pieces do
     ids[1, 20:] = -1
     batch = BATCH._replace(segment_ids=ids, weights=(ids >= 0).astype(np.float32))
-    model = MODEL.replace(conv_size=4)
+    model = QUICK.replace(conv_size=4)
     configs = [small("r", mesh=ONE, optimizer="adamw", model=model, pieces=n) for n in (1, 4)]
     results = []
     for config in configs:
@@ -182,7 +187,7 @@ def test_packed_documents_learn_as_separate_rows():
     apart = Batch(inputs, targets, np.where(weights > 0, 0, -1).astype(np.int32), weights)
     results = []
     for batch, rows in ((packed, 8), (apart, 16)):
-        config = small("r", mesh=ONE, optimizer="adamw", batch=rows, model=MODEL.replace(conv_size=3))
+        config = small("r", mesh=ONE, optimizer="adamw", batch=rows, model=QUICK.replace(conv_size=3))
         program = make_program(config, make_mesh(config))
         results.append(program.train(program.initialize(), program.place(batch))[1])
     for name in ("loss", "grad_norm"):
