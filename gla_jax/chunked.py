@@ -108,8 +108,8 @@ def _forward(scale, cut, q, k, v, g, state, initial, blocks):
         (q, k, v, g), block = x
         scores, reads, writes, total = _chunks_alone(scale, cut, how, q, k, g)
         after, (before, ends) = _states(how, cut, writes, v, total, s, initial, block)
-        o = _dot(how, "nbhric,nbhcv->nbhriv", scores, _to_chunks(v, cut))
-        o = o + _dot(how, "nbhrck,nbhkv->nbhrcv", reads, before)
+        o = rounded_einsum(how, "nbhric,nbhcv->nbhriv", scores, _to_chunks(v, cut))
+        o = o + rounded_einsum(how, "nbhrck,nbhkv->nbhrcv", reads, before)
         if block is not None:
             finals = finals.at[jnp.where(block.last, block.sequence, finals.shape[0])].set(ends, mode="drop")
         return (after, finals), (s, _from_chunks(o.astype(v.dtype)))
@@ -123,7 +123,7 @@ def _backward(scale, cut, residuals, cotangents):
     q, k, v, g, starts, initial, blocks = residuals
     do, dstate = cotangents
     how = arithmetic(q.dtype)
-    dot = functools.partial(_dot, how)
+    dot = functools.partial(rounded_einsum, how)
 
     def body(carry, x):
         ds, dinitial = carry
@@ -210,7 +210,7 @@ def _states(how, cut, writes, v, total, state, initial, block):
         after = _decay_and_add(total, s, update)
         return after, (s.astype(how.dtype), None if chunk is None else after[0])
 
-    update = _dot(how, "nbhck,nbhcv->nbhkv", writes, _to_chunks(v, cut))
+    update = rounded_einsum(how, "nbhck,nbhcv->nbhkv", writes, _to_chunks(v, cut))
     return jax.lax.scan(step, state, (update, total, block))
 
 
@@ -231,10 +231,12 @@ def _chunks_alone(scale, cut, how, q, k, g):
     q = _to_chunks(q, cut, k.shape[2]).astype(jnp.float32) * scale
     k = _to_chunks(k, cut).astype(jnp.float32)
     if g is None:
-        scores, reads, writes, total = jnp.tril(_dot(how, "nbhrik,nbhjk->nbhrij", q, k)), q, k, None
+        scores, reads, writes, total = jnp.tril(rounded_einsum(how, "nbhrik,nbhjk->nbhrij", q, k)), q, k, None
     elif g.ndim == 3:
         levels, prefix, suffix, total = _decays(_to_chunks(g, cut).astype(jnp.float32))
-        scores = _dot(how, "nbhrik,nbhjk->nbhrij", q, k) * _scalar_decays(levels, cut.chunk, total)[:, :, :, None]
+        scores = (
+            rounded_einsum(how, "nbhrik,nbhjk->nbhrij", q, k) * _scalar_decays(levels, cut.chunk, total)[:, :, :, None]
+        )
         reads, writes, total = q * prefix[:, :, :, None], k * suffix, total.swapaxes(-1, -2)
     else:
         return _vector_decays(how, q, k, _to_chunks(g, cut).astype(jnp.float32))
@@ -255,7 +257,7 @@ def _vector_forward(how, q, k, g):
         queries = _halves(_blocks_of(q, right.shape[-2]))[1] * right[:, :, :, None]
         keys = _halves(_blocks_of(k, left.shape[-2]))[0] * left
         halves.append(_keep((queries.astype(how.dtype), keys.astype(how.dtype))))
-        scores = _below_diagonal(scores, _dot(how, "nbhrsik,nbhsjk->nbhrsij", *halves[-1]))
+        scores = _below_diagonal(scores, rounded_einsum(how, "nbhrsik,nbhsjk->nbhrsij", *halves[-1]))
     reads, writes = (q * prefix[:, :, :, None]).astype(how.dtype), (k * suffix).astype(how.dtype)
     scores = scores[..., 0, :, :].astype(how.dtype)
     out = scores, reads, writes, total.swapaxes(-1, -2)
@@ -282,8 +284,8 @@ def _vector_backward(how, residuals, cotangents):
         m = right.shape[-2]
         blocks = dscores.reshape(*dscores.shape[:-2], -1, 2, m, dscores.shape[-1] // (2 * m), 2, m)
         low = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
-        dqueries = _dot(how, "nbhrsij,nbhsjk->nbhrsik", low, keys)
-        dkeys = _dot(how, "nbhrsij,nbhrsik->nbhsjk", low, queries)
+        dqueries = rounded_einsum(how, "nbhrsij,nbhsjk->nbhrsik", low, keys)
+        dkeys = rounded_einsum(how, "nbhrsij,nbhrsik->nbhsjk", low, queries)
         dq = dq + _in_right_halves(dqueries * right[:, :, :, None])
         dk = dk + _in_left_halves(dkeys * left)
         net = net + _in_right_halves(jnp.sum(dqueries * queries, 3)) - _in_left_halves(dkeys * keys)
@@ -360,7 +362,7 @@ def _scalar_decays(levels, chunk: int, total: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dot(how: Arithmetic, spec: str, x: Array, y: Array) -> Array:
+def rounded_einsum(how: Arithmetic, spec: str, x: Array, y: Array) -> Array:
     """einsum to float32 of operands rounded as `how` says; its transposes round theirs likewise."""
 
     def multiply(x, y):
@@ -372,15 +374,17 @@ def _dot(how: Arithmetic, spec: str, x: Array, y: Array) -> Array:
     return jax.lax.platform_dependent(x.astype(how.dtype), y.astype(how.dtype), cpu=multiply_wide, default=multiply)
 
 
-def _dot_forward(how, spec, x, y):
-    return _dot(how, spec, x, y), (x, y)
+def _einsum_forward(how, spec, x, y):
+    return rounded_einsum(how, spec, x, y), (x, y)
 
 
-def _dot_backward(how, spec, operands, ct):
+def _einsum_backward(how, spec, operands, ct):
     x, y = operands
     inputs, out = spec.split("->")
     a, b = inputs.split(",")
-    return _dot(how, f"{out},{b}->{a}", ct, y).astype(x.dtype), _dot(how, f"{out},{a}->{b}", ct, x).astype(y.dtype)
+    return rounded_einsum(how, f"{out},{b}->{a}", ct, y).astype(x.dtype), rounded_einsum(
+        how, f"{out},{a}->{b}", ct, x
+    ).astype(y.dtype)
 
 
-_dot.defvjp(_dot_forward, _dot_backward)
+rounded_einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -11,12 +11,17 @@ try:
     import tyro
 
     from gla_jax import interop
-    from gla_jax.train import InputError, TrainConfig, continue_text, load_model, train
+    from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
     from gla_jax.train.corpus import DOCUMENT
+    from gla_jax.train.processes import is_first
+    from gla_jax.train.sampling import run_tokenizer
 except ModuleNotFoundError as error:
     raise SystemExit(f"gla-jax: {error.name} is missing; install the extra that trains: gla_jax[train]") from None
 
-__all__ = ["main"]
+__all__ = ["STOPPED", "main"]
+
+# The exit status of a run that SIGTERM has stopped and that can go on (EX_TEMPFAIL).
+STOPPED = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +90,43 @@ class EvalConfig:
 
 def _train(config: TrainConfig) -> None:
     result = train(config)
+    if not is_first():
+        return
     print(f"loss of the last step: {result.loss:.4f}")
     print(f"held-out text: {result.bits_per_byte:.4f} bits per byte")
     if config.sample:
         print("sample:")
-        _print_stream(continue_text(load_model(result.run), "", length=config.sample, seed=config.seed))
+        model, tokenizer = load_model(result.run), run_tokenizer(result.run)
+        _print_stream(continue_text(model, "", length=config.sample, seed=config.seed, tokenizer=tokenizer))
     print(f"settings, log and checkpoints: {result.run}")
     print(f'more text: gla-jax sample {result.run} "To be"')
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeConfig:
+    """Turn text into tokens once, for runs to train on."""
+
+    data: tyro.conf.Positional[Path]
+    """Text, .jsonl, .parquet or .array_record, as for `gla-jax train --data`."""
+    out: tyro.conf.Positional[Path]
+    """A new folder; give it to --data."""
+    tokenizer: Path | None = None
+    """A tokenizer.json of the tokenizers library; default: bytes."""
+
+
+def _tokenize(config: TokenizeConfig) -> None:
+    corpus = tokenize(config.data, config.out, config.tokenizer)
+    print(f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} held out")
+    print(f"to train: gla-jax train --data {config.out} --model.vocab-size {corpus.vocab_size}")
 
 
 def _sample(config: SampleConfig) -> None:
     config.check()
     model = load_model(config.run)
+    tokenizer = run_tokenizer(config.run)
     print(config.prompt, end="", flush=True)
     options = {"length": config.length, "temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
-    _print_stream(continue_text(model, config.prompt, **options))
+    _print_stream(continue_text(model, config.prompt, tokenizer=tokenizer, **options))
 
 
 def _convert(config: ConvertConfig) -> None:
@@ -156,6 +183,7 @@ def _print_stream(pieces: Any) -> None:
 # Another command is another line here.
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
     "train": (TrainConfig, _train, "Train a language model on text; with no flags, on Shakespeare."),
+    "tokenize": (TokenizeConfig, _tokenize, "Turn text into tokens once, for runs to train on."),
     "sample": (SampleConfig, _sample, "Continue a prompt with a trained model."),
     "convert": (ConvertConfig, _convert, "Write a model as safetensors that other libraries load."),
     "eval": (EvalConfig, _eval, "Perplexity by place, and tasks of lm-evaluation-harness."),
@@ -163,7 +191,10 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line, and return the exit status: 0, 2 for unusable arguments, 130 when interrupted."""
+    """Run a command line, and return the exit status.
+
+    0; 2 for unusable arguments or a full disk; 75 for a run that SIGTERM stopped; 130 when interrupted.
+    """
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, _, text) in COMMANDS.items()
     ]
@@ -181,6 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, interop.CheckpointError) as error:
         print(f"gla-jax: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"gla-jax: {stopped}; call again to go on", file=sys.stderr)
+        return STOPPED
     except BrokenPipeError:  # whoever read the text wants no more of it
         sys.stderr.close()
     except OSError as error:

@@ -46,21 +46,29 @@ def sequence_ids(cu_seqlens: Array, time: int) -> Array:
     return jnp.where(ids >= n, -1, ids)[None]
 
 
-def segment_starts(segment_ids: Array) -> Array:
-    """[b, t] bool: tokens whose id differs from the row's last token before it that is not padding."""
+def segment_starts(segment_ids: Array, before: Array | None = None) -> Array:
+    """[b, t] bool: tokens whose id differs from the row's last token before it that is not padding.
+
+    `before` [b] is that token's id for a row's first tokens, negative (or None) if there is none.
+    """
+    if before is not None:
+        return segment_starts(jnp.concatenate([before[:, None], segment_ids], 1))[:, 1:]
     time = segment_ids.shape[1]
     valid = segment_ids >= 0
     latest = jax.lax.cummax(jnp.where(valid, jnp.arange(time), -1), axis=1)
-    before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
-    return valid & (before >= 0) & (previous != segment_ids)
+    previous = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+    return valid & (previous >= 0) & (previous_id != segment_ids)
 
 
 def reset_and_mask(
-    q: Array, k: Array, v: Array, g: Array | None, segment_ids: Array
+    q: Array, k: Array, v: Array, g: Array | None, segment_ids: Array, before: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
-    """q, k, v and g with boundaries as g = -inf and padding as zeros; g becomes [b, t, hk] if it was None."""
-    valid, starts = segment_ids >= 0, segment_starts(segment_ids)
+    """q, k, v and g with boundaries as g = -inf and padding as zeros; g becomes [b, t, hk] if it was None.
+
+    `before` as in `segment_starts`.
+    """
+    valid, starts = segment_ids >= 0, segment_starts(segment_ids, before)
     if g is None:
         g = jnp.zeros(k.shape[:3], jnp.float32)
 

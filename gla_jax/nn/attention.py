@@ -58,6 +58,8 @@ class GatedLinearAttention(ProjectedLayer):
       norm_eps: epsilon of the norm of each head's output.
       init_std: standard deviation of the initial projections; biases start at 0.
       implementation: of the op, as in `gated_linear_attention`.
+      sequence_axis: the mesh axis over which whole sequences are sharded in time, or None. Calls then go through
+        `sequence_parallel`, under `jax.set_mesh` or inside shard_map; `prefill` and `step` are for None.
       dtype: computed in; None follows input and parameters.
       param_dtype: of the parameters.
       options: the fields of `GatedLinearAttentionConfig`. With h query heads, k = expand_k * d / h and v likewise;
@@ -77,6 +79,7 @@ class GatedLinearAttention(ProjectedLayer):
         norm_eps: float = 1e-5,
         init_std: float = 0.02,
         implementation: Implementation | None = None,
+        sequence_axis: str | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -84,6 +87,7 @@ class GatedLinearAttention(ProjectedLayer):
     ):
         config = GatedLinearAttentionConfig(**options)
         weights = {"init_std": init_std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.sequence_axis = sequence_axis
         self._make_inputs(hidden_size, config, weights, norm_eps=norm_eps, implementation=implementation)
         self.gate_normalizer, self.gate_clamp = config.gate_normalizer, config.gate_clamp
         width = self.num_kv_heads * self.head_k

@@ -31,7 +31,13 @@ class Block(nnx.Module):
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = NORMS[config.norms]
         self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
-        mixing = {"norm_eps": config.norm_eps, "init_std": config.init_std, "implementation": config.implementation}
+        mixing: dict[str, Any] = {
+            "norm_eps": config.norm_eps,
+            "init_std": config.init_std,
+            "implementation": config.implementation,
+        }
+        if config.sequence_axis is not None:
+            mixing["sequence_axis"] = config.sequence_axis
         self.mixer: Any = (mixer or config.mixers[0]).build(config.hidden_size, **mixing, **common)
         self.mlp: Any = nnx.data(None)
         if config.feed_forward == "none":

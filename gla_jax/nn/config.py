@@ -51,6 +51,8 @@ class ModelConfig(Checked):
     """Blocks written out in a turn of the loop over layers: more run faster on a CPU, and compile longer."""
     implementation: str | None = None
     """Of the op: None for the best there is, or a name (see gated_linear_attention)."""
+    sequence_axis: str | None = None
+    """Mesh axis that time is sharded over in whole sequences (see sequence_parallel), or None."""
 
     def check(self) -> None:
         """Raises a ValueError that names a field out of its range."""
@@ -60,6 +62,10 @@ class ModelConfig(Checked):
         for name, allowed in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT_POLICIES)):
             self._one_of(name, allowed)
         self._one_of("implementation", (None, *get_args(Implementation)))
+        if self.sequence_axis is not None and {type(mixer) for mixer in self.mixers} != {GatedLinearAttentionConfig}:
+            raise ValueError(
+                f"sequence_axis: must be None but for gated linear attention in all layers, got {self.sequence_axis!r}"
+            )
 
     @property
     def mixers(self) -> tuple[MixerConfig, ...]:

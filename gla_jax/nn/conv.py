@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.sharding import parameter
+from gla_jax.sequence_parallel import axis_size, is_manual, tokens_before
 
 __all__ = ["ShortConvolution", "TokenShift"]
 
@@ -25,6 +27,8 @@ class ShortConvolution(nnx.Module):
       bias: whether b [c] exists; it starts at 0. W starts uniform in +-1/sqrt(w).
       activation: whether act is silu (else the identity).
       axis: logical sharding name of the channels.
+      sequence_axis: mesh axis over which a call's x is sharded in time, or None; each device then sends its last w - 1
+        inputs to the next one. `prefill` and `step` are for None.
       dtype: computed in; None for the input's.
       param_dtype: of W and b.
     """
@@ -37,6 +41,7 @@ class ShortConvolution(nnx.Module):
         bias: bool = False,
         activation: bool = True,
         axis: str | None = "heads",
+        sequence_axis: str | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -44,6 +49,7 @@ class ShortConvolution(nnx.Module):
         if size < 1:
             raise ValueError(f"size: a convolution needs at least one tap, got {size}")
         self.channels, self.size, self.activation, self.dtype = channels, size, activation, dtype
+        self.sequence_axis = sequence_axis
         bound = size**-0.5
 
         def uniform(key: Array, shape: tuple[int, ...], param_dtype: Any) -> Array:
@@ -61,8 +67,10 @@ class ShortConvolution(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t c"], segment_ids: Ids | None = None) -> Float[Array, "b t c"]:
         """Convolve x [b, t, c] over time; segment_ids [b, t] as in `gated_linear_attention`."""
+        if self.sequence_axis is not None and self.size > 1:
+            return self._convolve_pieces(x, segment_ids, self.sequence_axis)
         past = jnp.zeros((x.shape[0], self.size - 1, x.shape[2]), x.dtype)
-        return self._convolve(x, past, segment_ids)
+        return self._convolve(x, past, self._segments_after_past(segment_ids))
 
     def prefill(
         self, x: Float[Array, "b t c"], cache: Float[Array, "b w1 c"], segment_ids: Ids | None = None
@@ -71,7 +79,7 @@ class ShortConvolution(nnx.Module):
 
         Negative segment ids (padding) may lie at the left of a row whose cache is still empty, and at the right of any.
         """
-        y = self._convolve(x, cache, segment_ids)
+        y = self._convolve(x, cache, self._segments_after_past(segment_ids))
         past = self.size - 1
         history = jnp.concatenate([cache.astype(x.dtype), x], 1)
         if segment_ids is None:
@@ -90,24 +98,50 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[Float[Array, "b c"], Float[Array, "b w1 c"]]:
         """One token x [b, c] after the inputs in the cache."""
         window = jnp.concatenate([cache.astype(x.dtype), x[:, None]], 1)
-        y = jnp.sum(window * self._taps(x.dtype), 1)
-        return self._finish(y, x.dtype), window[:, 1:].astype(cache.dtype)
+        taps, bias = self._weights()
+        y = jnp.sum(window * taps.astype(self.dtype or x.dtype), 1)
+        return self._finish(y, bias, x.dtype), window[:, 1:].astype(cache.dtype)
 
     def _cache_dtype(self) -> Any:
         return self.dtype or self.kernel.dtype
 
-    def _taps(self, dtype: Any) -> Float[Array, "w c"]:
-        return self.kernel[...].astype(self.dtype or dtype)
+    def _weights(self) -> tuple[Array, Array | None]:
+        return self.kernel[...], None if self.bias is None else self.bias[...]
 
-    def _finish(self, y: Array, dtype: Any) -> Array:
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)
+    def _finish(self, y: Array, bias: Array | None, dtype: Any) -> Array:
+        if bias is not None:
+            y = y + bias.astype(y.dtype)
         return (jax.nn.silu(y) if self.activation else y).astype(self.dtype or dtype)
 
-    def _convolve(self, x: Array, past: Array, segment_ids: Ids | None) -> Array:
-        taps, length = self._taps(x.dtype), x.shape[1]
+    def _segments_after_past(self, segment_ids: Ids | None) -> Array | None:
+        return None if segment_ids is None else jnp.pad(_segments(segment_ids), ((0, 0), (self.size - 1, 0)))
+
+    def _convolve_pieces(self, x: Array, segment_ids: Any, axis: str) -> Array:
+        """The convolution of x and segment_ids sharded in time, each device after the inputs of the one before."""
+
+        def piece(x: Array, ids: Any, weights: tuple[Array, Array | None]) -> Array:
+            past = tokens_before(x, self.size - 1, axis)
+            segments: Any = None
+            if ids is not None:  # before the first device's all inputs are zero, and any id will do
+                segments = _segments(jnp.concatenate([tokens_before(ids, self.size - 1, axis), ids], 1))
+            return self._convolve(x, past, segments, weights)
+
+        devices = axis_size(axis)
+        if is_manual(axis):
+            return piece(x, segment_ids, self._weights())
+        if x.shape[1] % devices:
+            raise ValueError(f"x: t must be a multiple of the {devices} devices of axis {axis!r}, got {x.shape[1]}")
+        time = PartitionSpec(None, axis)
+        sharded = jax.shard_map(piece, in_specs=(time, time, PartitionSpec()), out_specs=time, axis_names={axis})
+        return sharded(x, segment_ids, self._weights())
+
+    def _convolve(
+        self, x: Array, past: Array, segments: Array | None, weights: tuple[Array, Array | None] | None = None
+    ) -> Array:
+        """x after its past [b, w-1, c]; `segments` numbers the segments of both."""
+        taps, bias = weights or self._weights()
+        taps, length = taps.astype(self.dtype or x.dtype), x.shape[1]
         history = jnp.concatenate([past.astype(x.dtype), x], 1)
-        segments = None if segment_ids is None else jnp.pad(_segments(segment_ids), ((0, 0), (self.size - 1, 0)))
         y = x * taps[-1]
         for j in range(1, self.size):
             start = self.size - 1 - j
@@ -116,7 +150,7 @@ class ShortConvolution(nnx.Module):
                 same = segments[:, start : start + length] == segments[:, self.size - 1 :]
                 shifted = jnp.where(same[..., None], shifted, 0)
             y = y + shifted * taps[-1 - j]
-        return self._finish(y, x.dtype)
+        return self._finish(y, bias, x.dtype)
 
 
 class TokenShift(ShortConvolution):
@@ -129,13 +163,14 @@ class TokenShift(ShortConvolution):
 
     def __init__(self, channels: int, *, dtype: Any = None):
         self.channels, self.size, self.activation, self.dtype = channels, 2, False, dtype
+        self.sequence_axis = None
         self.bias = nnx.data(None)
 
     def _cache_dtype(self) -> Any:
         return self.dtype or jnp.float32
 
-    def _taps(self, dtype: Any) -> Float[Array, "w c"]:
-        return jnp.asarray([[1.0], [0.0]], self.dtype or dtype)
+    def _weights(self) -> tuple[Array, Array | None]:
+        return jnp.asarray([[1.0], [0.0]]), None
 
 
 def _segments(segment_ids: Ids) -> Ids:

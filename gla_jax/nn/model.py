@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.block import Block
 from gla_jax.nn.config import NORMS, GLAConfig, ModelConfig
 from gla_jax.nn.recurrent import MixerConfig
-from gla_jax.nn.sharding import embedding, linear, parameter
+from gla_jax.nn.sharding import by_rows, embedding, gathered, linear, on_auto_axes, parameter
 
 __all__ = ["CausalLM", "GLAForCausalLM"]
 
@@ -72,23 +73,49 @@ class CausalLM(nnx.Module):
           segment_ids: [b, t]; at any change of id a new document starts that sees nothing of the one before, and
             negative ids are padding, which no other token sees. Padding must not lie inside a document.
         """
-        return self.logits(self.hidden(tokens, segment_ids))
+
+        def run(model: CausalLM, tokens: Array, ids: Array | None) -> Array:
+            return model.logits(model.hidden(tokens, ids))
+
+        return on_auto_axes(run, self, tokens, segment_ids, out_specs=_like(tokens, None))
 
     def hidden(self, tokens: Int[Array, "b t"], segment_ids: Ids | None = None) -> Float[Array, "b t d"]:
         """The normalised activations [b, t, d] that `logits` reads: for a loss that never holds all logits at once."""
 
-        def run(x: Array, block: Block, layer_input: Any) -> tuple[Array, None]:
-            return block(x, segment_ids, layer_input), None
+        def run(model: CausalLM, tokens: Array, ids: Array | None) -> Array:
+            x, _ = model._scan(lambda x, block, own: (block(x, ids, own), None), model._embed(tokens))
+            return model.norm(x)
 
-        x, _ = self._scan(run, self._embed(tokens))
-        return self.norm(x)
+        return on_auto_axes(run, self, tokens, segment_ids, out_specs=_like(tokens, None))
+
+    def hidden_after(
+        self, tokens: Int[Array, "b t"], cache: Any, segment_ids: Ids | None = None
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """`hidden` of tokens [b, t] that follow what the cache has seen, and the cache after them.
+
+        The arguments are those of `prefill`; padding may lie at the right, and at the left while the cache is empty.
+        """
+
+        def run(model: CausalLM, tokens: Array, cache: Any, ids: Array | None) -> tuple[Array, Any]:
+            caches = cache if len(model._stacks()) > 1 else (cache,)
+            prefill = lambda x, block, own, cache: block.prefill(x, cache, ids, own)
+            x, caches = model._scan(prefill, model._embed(tokens), caches)
+            return model.norm(x), model._join(caches)
+
+        out_specs = (_like(tokens, None), _specs(cache))
+        return on_auto_axes(run, self, tokens, cache, segment_ids, out_specs=out_specs)
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows vocab"]:
         """Float32 logits [..., vocab] from what `hidden` returns."""
-        weight = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        rows = hidden.reshape(-1, hidden.shape[-1])  # as in `linear`, for the weight's gradient on a CPU
-        logits = jnp.dot(rows, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return logits.reshape(*hidden.shape[:-1], -1)
+
+        def run(model: CausalLM, hidden: Array) -> Array:
+            weight = (
+                _whole(model.embed).embedding[...].T if model.lm_head is None else _whole(model.lm_head).kernel[...]
+            )
+            weight = weight.astype(hidden.dtype)
+            return by_rows(lambda rows: jnp.dot(rows, weight, preferred_element_type=jnp.float32), hidden)
+
+        return on_auto_axes(run, self, hidden, out_specs=_like(hidden))
 
     def init_cache(self, batch_size: int) -> Any:
         """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""
@@ -120,23 +147,24 @@ class CausalLM(nnx.Module):
           Logits [b, vocab] after the last token of each row that is not padding, and the cache there. A row of nothing
           but padding keeps its cache; its logits mean nothing.
         """
+        out_specs = (PartitionSpec(_like(tokens)[0], None), _specs(cache))
+        return on_auto_axes(CausalLM._prefill, self, tokens, cache, segment_ids, out_specs=out_specs)
+
+    def _prefill(self, tokens: Array, cache: Any, segment_ids: Ids | None) -> tuple[Array, Any]:
         last = jnp.full((tokens.shape[0],), tokens.shape[1] - 1)
         if segment_ids is not None:
             # Padding goes to the right: then every token's neighbours, for the convolutions, are its document's own.
             order = jnp.argsort(segment_ids < 0, axis=1, stable=True)
             tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
             last = jnp.maximum(jnp.sum(segment_ids >= 0, 1) - 1, 0)
-
-        def run(x: Array, block: Block, layer_input: Any, cache: Any) -> tuple[Array, Any]:
-            return block.prefill(x, cache, segment_ids, layer_input)
-
-        caches = cache if len(self._stacks()) > 1 else (cache,)
-        x, caches = self._scan(run, self._embed(tokens), caches)
-        x = jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]
-        return self.logits(self.norm(x)), self._join(caches)
+        x, cache = self.hidden_after(tokens, cache, segment_ids)
+        return self.logits(jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]), cache
 
     def step(self, token: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b vocab"], Any]:
         """Logits [b, vocab] after one more token [b], and the cache after it, in constant time and memory."""
+        return on_auto_axes(CausalLM._step, self, token, cache, out_specs=(_like(token, None), _specs(cache)))
+
+    def _step(self, token: Array, cache: Any) -> tuple[Array, Any]:
         split = [nnx.split(stack) for stack in self._stacks()]
         caches = cache if len(split) > 1 else (cache,)
 
@@ -178,7 +206,7 @@ class CausalLM(nnx.Module):
         )
 
     def _embed(self, tokens: Array) -> Array:
-        x = jnp.take(self.embed.embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
+        x = jnp.take(_whole(self.embed).embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def _scan(self, run: Callable, x: Array, *per_layer: Any) -> tuple[Array, Any]:
@@ -190,7 +218,7 @@ class CausalLM(nnx.Module):
 
         def one(place: int) -> Callable:
             def body(x: Array, params: Any, *inputs: Any) -> tuple[Array, Any]:
-                return run(x, nnx.merge(split[place][0], params), *inputs)
+                return run(x, nnx.merge(split[place][0], gathered(params)), *inputs)
 
             if self.config.remat == "full":
                 return jax.checkpoint(body, prevent_cse=False)
@@ -218,3 +246,17 @@ class GLAForCausalLM(CausalLM):
 
     def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
+
+
+def _whole[M: nnx.Module](module: M) -> M:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, gathered(state))
+
+
+def _like(x: Array, *more: None) -> PartitionSpec:
+    """The sharding of x, for an array with more axes at its end; replicated where none is known."""
+    return PartitionSpec(*jax.typeof(x).sharding.spec, *more)
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(_like, tree)

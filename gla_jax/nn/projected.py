@@ -103,7 +103,8 @@ class ProjectedLayer(RecurrentLayer):
 
             def conv(projection: nnx.Linear, axis: str) -> ShortConvolution:
                 width = projection.out_features
-                return ShortConvolution(width, config.conv_size, axis=axis, bias=config.conv_bias, **common)
+                taps: dict[str, Any] = {"bias": config.conv_bias, "sequence_axis": self.sequence_axis, **common}
+                return ShortConvolution(width, config.conv_size, axis=axis, **taps)
 
             self.q_conv = conv(self.q_proj, "heads")
             self.k_conv, self.v_conv = conv(self.k_proj, "kv_heads"), conv(self.v_proj, "kv_heads")

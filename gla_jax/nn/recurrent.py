@@ -1,6 +1,7 @@
 """What the layers on the op share: a cache, whole sequences, prefill, and one token at a time."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, cast, get_args
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from gla_jax.attention import Implementation, gated_linear_attention
 from gla_jax.nn.checked import Checked, check_type
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.rope import positions_after
+from gla_jax.sequence_parallel import sequence_parallel
 from gla_jax.step import gated_linear_attention_step
 
 __all__ = ["MixerConfig", "RecurrentLayer", "check_common", "head_width"]
@@ -46,6 +48,8 @@ class RecurrentLayer(nnx.Module):
     """Whether `_arguments` needs each token's place in its document."""
     scale: float | None = None
     implementation: Any = None
+    sequence_axis: str | None = None
+    """Mesh axis over which whole sequences are sharded in time, or None."""
 
     def _state_shape(self) -> tuple[int, int, int]:
         """[hk, k, v] of the state."""
@@ -83,6 +87,8 @@ class RecurrentLayer(nnx.Module):
         Negative segment ids (padding) leave the cache as it is. They may lie at the left of a row whose cache is still
         empty, and at the right of any.
         """
+        if self.sequence_axis is not None:
+            raise ValueError(f"sequence_axis: must be None where there is a cache, got {self.sequence_axis!r}")
         return self._mix(x, cache, segment_ids, layer_input)
 
     def step(
@@ -115,7 +121,10 @@ class RecurrentLayer(nnx.Module):
             start = None if cache is None else cache["position"]
             position, new["position"] = positions_after(x.shape[:2], start, segment_ids)
         arguments = self._arguments(streams, x, position, layer_input)
-        o, state = gated_linear_attention(
+        op = gated_linear_attention
+        if self.sequence_axis is not None:
+            op = functools.partial(sequence_parallel, axis=self.sequence_axis)
+        o, state = op(
             **arguments,
             scale=self.scale,
             initial_state=None if cache is None else cache["state"],

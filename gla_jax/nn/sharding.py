@@ -12,14 +12,25 @@ A dictionary of rules says which mesh axis each name goes to; `DEFAULT_RULES` is
 every mesh, and Flax's own `nnx.get_named_sharding` under `nnx.logical_axis_rules(rules)` reads the same metadata.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import linen, nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["DEFAULT_RULES", "create_sharded", "embedding", "linear", "param_shardings", "parameter"]
+__all__ = [
+    "DEFAULT_RULES",
+    "by_rows",
+    "create_sharded",
+    "embedding",
+    "gathered",
+    "linear",
+    "on_auto_axes",
+    "param_shardings",
+    "parameter",
+]
 
 type Axes = tuple[str | None, ...]
 type Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -48,11 +59,37 @@ def parameter(init: Callable, shape: tuple[int, ...], axes: Axes, *, param_dtype
 
 
 class _Linear(nnx.Linear):
-    """nnx.Linear over rows [n, in]: for the gradient of its weights XLA's CPU backend would transpose [b, t, in]."""
+    """nnx.Linear `by_rows`."""
 
     def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]), **kwargs)
-        return rows.reshape(*inputs.shape[:-1], -1)
+        return by_rows(lambda rows: super(_Linear, self).__call__(rows, **kwargs), inputs)
+
+
+def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """f(x) for x [..., in] as rows [n, in]: for a weight's gradient XLA's CPU backend would transpose [b, t, in].
+
+    On a mesh of many devices x stays as it is: b and t may both be sharded, and rows would have to be gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return f(x)
+    return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def on_auto_axes(call: Callable[..., Any], module: nnx.Module, *arrays: Any, out_specs: Any) -> Any:
+    """call(module, *arrays), for which the partitioner places what is computed even on Explicit mesh axes.
+
+    `out_specs` says how results lie on the Explicit axes that there are; without any it is not read.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return call(module, *arrays)
+    graphdef, state = nnx.split(module)
+
+    def run(state: Any, *arrays: Any) -> Any:
+        return call(nnx.merge(graphdef, state), *arrays)
+
+    return jax.sharding.auto_axes(run, out_sharding=out_specs)(state, *arrays)
 
 
 def linear(
@@ -123,6 +160,49 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
         return variable.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def gathered(state: Any, rules: Rules = DEFAULT_RULES) -> Any:
+    """Parameters about to be used, whole along "fsdp" axes of the mesh in use; their gradients go back in parts.
+
+    Without this the partitioner is free to gather activations in place of parameters.
+
+    Args:
+      state: the state of a module, or of one layer taken from a stack.
+      rules: as in `param_shardings`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("fsdp", 1) == 1 or AxisType.Explicit in mesh.axis_types:
+        return state
+
+    def place(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        names = (variable.get_metadata().get("out_sharding") or ())[-value.ndim :]
+        parts = [rules[name] if name is not None else None for name in names]
+        present = [part if part in mesh.shape else None for part in parts]
+        whole = [None if part == "fsdp" else part for part in present]
+        if whole == present:
+            return variable
+        return variable.replace(_gather(value, PartitionSpec(*whole), PartitionSpec(*present)))
+
+    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gather(x, whole, parts), None
+
+
+def _gather_backward(whole: PartitionSpec, parts: PartitionSpec, _: None, ct: jax.Array) -> tuple[jax.Array]:
+    # Summed over the devices before it is cut: a scatter's cotangent would else be moved to where its parts are.
+    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(ct, whole), parts),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def create_sharded[M: nnx.Module](make: Callable[[], M], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> M:

@@ -8,11 +8,33 @@ from typing import Any, Literal
 
 from gla_jax.nn import GLAConfig
 
-__all__ = ["InputError", "TrainConfig", "config_from_json", "config_to_json", "differences"]
+__all__ = ["InputError", "MeshConfig", "TrainConfig", "config_from_json", "config_to_json", "differences"]
 
 
 class InputError(ValueError):
     """Something the user gave is unusable; the message is one line that names the argument and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis of the mesh; their product is the number of devices that train."""
+
+    data: int | None = None
+    """Copies of the model, each with its part of the batch; None for as many as there are devices for."""
+    fsdp: int = 1
+    """Devices that share a copy's parameters and optimizer, each with its part of the batch."""
+    tensor: int = 1
+    """Devices that share the heads and the MLP."""
+    sequence: int = 1
+    """Devices that share each sequence's time."""
+    axes: Literal["auto", "explicit"] = "auto"
+    """Whether JAX's partitioner or JAX's types say where arrays lie between steps; steps compute the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor", "sequence"):
+            given = getattr(self, name)
+            if not (given is None and name == "data") and given < 1:
+                raise InputError(f"argument --mesh.{name}: must be at least 1, got {given}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,27 +44,49 @@ class TrainConfig:
     run: Path = Path("runs/shakespeare")
     """Folder of the run; if it holds an unfinished run with the same settings, that run goes on."""
     data: Path | None = None
-    """UTF-8 text, or .jsonl with a "text" field on each line (either may end in .xz); default: Shakespeare."""
+    """UTF-8 text, .jsonl or .parquet with a "text" field, .array_record, or a folder of `gla-jax tokenize`."""
+    mix: tuple[str, ...] = ()
+    """More data to train on, each PATH=WEIGHT against --data's weight of 1; what is held out is --data's."""
+    pack: bool = False
+    """Pack whole documents into rows, of which none sees another, in place of windows over all text."""
     model: GLAConfig = dataclasses.field(default_factory=GLAConfig.tiny)
-    """The model; its vocabulary is the 256 bytes."""
+    """The model; its vocabulary is the 256 bytes, or holds the tokenizer's."""
     steps: int = 2200
     """Optimizer steps in all."""
     batch: int = 4
     """Sequences a step."""
     length: int = 256
     """Bytes of a sequence."""
+    mesh: MeshConfig = MeshConfig()
+    """The devices; a run may go on with others."""
+    accumulate: int = 1
+    """Parts that a batch is cut into along its sequences, one after another on the devices, for less memory."""
+    pieces: int = 1
+    """Parts that a sequence is cut into in time: each starts from the state of the one before, and gradients stop."""
+    loss_parts: int = 1
+    """Parts of a sequence whose logits are held one after another: long ones have more of them than memory has room."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: matrices orthogonalised, all else by AdamW. adamw: the paper's."""
     learning_rate: float = 4e-3
     """The highest learning rate."""
     warmup: float = 0.02
     """Share of the steps in which the learning rate rises from 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """What leads to the last learning rate: a cosine, or a constant and a linear decay."""
+    decay: float = 0.2
+    """wsd: share of the steps in which the learning rate falls."""
     final_learning_rate: float = 0.02
-    """The last step's learning rate as a share of the highest; a cosine leads there."""
+    """The last step's learning rate as a share of the highest."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices."""
     clip: float = 1.0
     """The gradient's norm is scaled down to this."""
+    spike: float | None = 10.0
+    """A step is rejected if its gradient's norm is this many times its running mean; None for never."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients are computed and summed over devices in; microbatches are summed in float32."""
+    ema: float = 0.0
+    """Decay of a running mean of the parameters, which evaluation and sampling then use; 0 for none."""
     seed: int = 0
     """Of the initial weights, the order of the data and the closing sample."""
     eval_every: int = 1100
@@ -53,19 +97,61 @@ class TrainConfig:
     """Checkpoints kept."""
     sample: int = 400
     """Bytes of the closing sample."""
+    distributed: str | None = None
+    """Many processes: "auto" on a cluster that JAX knows, or ADDRESS:PORT,PROCESSES,NUMBER of this one; None: one."""
+    profile: int | None = None
+    """First step of five that are written to the run's folder profile/, for xprof."""
+    tensorboard: bool = False
+    """Log to the run's folder tensorboard/, too."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases, too."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "eval_every", "save_every", "keep"):
+        for name in (
+            "steps",
+            "batch",
+            "length",
+            "accumulate",
+            "pieces",
+            "loss_parts",
+            "eval_every",
+            "save_every",
+            "keep",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "clip"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("warmup", "final_learning_rate"):
+        for name in ("warmup", "decay", "final_learning_rate"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("spike", self.spike is None or 1 < self.spike < math.inf, "above 1 or None")
+        self._require("ema", 0 <= self.ema < 1, "at least 0 and below 1")
+        for name, size in (("accumulate", "batch"), ("pieces", "length")):
+            whole = getattr(self, size)
+            self._require(name, whole % getattr(self, name) == 0, f"a divisor of --{size} = {whole}")
+        each = self.length // (self.pieces * self.mesh.sequence)
+        divides = f"a divisor of --length / --pieces / --mesh.sequence = {each}"
+        self._require("loss_parts", each % self.loss_parts == 0, divides)
+        self._require("pieces", self.pieces == 1 or self.mesh.sequence == 1, "1 with --mesh.sequence above 1")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample", self.sample >= 0, "at least 0")
+        self._require("profile", self.profile is None or self.profile >= 1, "at least 1 or None")
         self._require("seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
         if self.model.vocab_size < 256:
             raise InputError(f"argument --model.vocab-size: must be at least 256, got {self.model.vocab_size}")
+
+    @property
+    def sources(self) -> list[tuple[Path, float]]:
+        """The paths and weights of `mix`."""
+        sources = []
+        for text in self.mix:
+            path, _, weight = text.rpartition("=")
+            try:
+                sources.append((Path(path), float(weight)))
+            except ValueError:
+                sources.append((Path(path), math.nan))
+            if not path or not 0 < sources[-1][1] < math.inf:
+                raise InputError(f"argument --mix: must be PATH=WEIGHT with a positive weight, got {text!r}")
+        return sources
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -76,7 +162,9 @@ class TrainConfig:
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
     """The config as plain JSON values."""
     fields = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()} | {
+        "mix": list(config.mix)
+    }
 
 
 def config_from_json(fields: dict[str, Any]) -> TrainConfig:
@@ -87,6 +175,8 @@ def config_from_json(fields: dict[str, Any]) -> TrainConfig:
         run=Path(fields.pop("run")),
         data=None if data is None else Path(data),
         model=GLAConfig(**fields.pop("model")),
+        mesh=MeshConfig(**fields.pop("mesh", {})),
+        mix=tuple(fields.pop("mix", ())),
         **fields,
     )
 

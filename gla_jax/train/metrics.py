@@ -86,13 +86,14 @@ class Progress:
         """Leave out of the speed what happens until the next `step`, such as an evaluation."""
         self._marks = []
 
-    def step(self, step: int, loss: float) -> float:
+    def step(self, step: int, loss: float | None) -> float:
         """Note that a step is done, show it if it is time, and return the speed in tokens a second (0: not known yet).
 
         The speed is that of the last 50 steps; the first, which waits for the compiler, is not among them.
         """
         now = time.monotonic()
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        if loss is not None:
+            self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         self._marks = [*self._marks[-50:], (now, step)]
         then, first = self._marks[0]
         speed = (step - first) * self._tokens / (now - then) if now > then else 0.0

@@ -17,15 +17,20 @@ PROJECTION_AXES = {"embed", "heads", "kv_heads", "mlp"}
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Step (0 for the first) -> learning rate: a linear rise over the warm-up, then a cosine to the last step."""
+    """Step (0 for the first) -> learning rate: a linear rise over the warm-up, then the schedule."""
     warmup = round(config.warmup * config.steps)
     final = config.final_learning_rate
-    cosine = optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps - warmup), alpha=final)
+    peak, after = config.learning_rate, max(1, config.steps - warmup)
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, after, alpha=final)
+    else:
+        decay = min(after, max(1, round(config.decay * config.steps)))
+        fall = optax.linear_schedule(peak, final * peak, decay, transition_begin=after - decay)
     if warmup == 0:
-        return cosine
+        return fall
     # From 1/(w+1), not from 0: the first step should count too.
     rise = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
-    return optax.join_schedules([rise, cosine], [warmup])
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 def make_optimizer(config: TrainConfig, variables: Any) -> optax.GradientTransformation:

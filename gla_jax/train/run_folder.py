@@ -2,6 +2,7 @@
 
 config.json    the run's settings, and the SHA-256 of its corpus
 log.jsonl      a record a step, and one an evaluation
+tokenizer.json the tokenizer, if the data have one
 checkpoints/   the newest few, one folder a step
 """
 
@@ -14,9 +15,11 @@ from typing import Any
 
 from gla_jax.train.config import InputError, TrainConfig, config_from_json, config_to_json, differences
 
-__all__ = ["CHECKPOINTS", "LOG", "load_config", "open_run"]
+__all__ = ["CHECKPOINTS", "LOG", "TOKENIZER", "load_config", "open_run"]
 
-CONFIG, LOG, CHECKPOINTS, LOCK = "config.json", "log.jsonl", "checkpoints", ".lock"
+CONFIG, LOG, CHECKPOINTS, LOCK, TOKENIZER = "config.json", "log.jsonl", "checkpoints", ".lock", "tokenizer.json"
+# Settings that a run may go on without.
+NO_MATTER = ("mesh", "distributed", "profile", "tensorboard", "wandb", "keep")
 
 
 @contextlib.contextmanager
@@ -71,9 +74,9 @@ def _claim(folder: Path, config: TrainConfig, corpus_sha256: str) -> None:
         saved = _read(path)
     except ValueError as error:
         raise InputError(f"argument --run: {path} is not JSON ({error}); give a new folder") from None
-    # Where the corpus and the run lie does not matter; what the corpus says does.
+    # Where the corpus and the run lie does not matter, nor on what devices; what the corpus says does.
     same_text = saved.get("corpus_sha256") == given["corpus_sha256"]
-    ignored = {"run", "corpus_sha256"} | ({"data"} if same_text else set())
+    ignored = {"run", "corpus_sha256", *NO_MATTER} | ({"data"} if same_text else set())
     old, new = ({name: x[name] for name in x.keys() - ignored} for x in (saved, given))
     changed = differences(old, new)
     if not same_text and saved.get("data") == given["data"]:

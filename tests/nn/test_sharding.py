@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +73,9 @@ def test_parameters_are_born_on_their_devices():
     )
 
 
-def test_a_sharded_model_computes_the_same():
-    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_sharded_model_computes_the_same(kind):
+    mesh = mesh_of(kind, data=2, fsdp=2, tensor=2)
     alone, inputs = build(CONFIG), tokens(4, 16) % 36
     ids = jnp.array([[0] * 7 + [1] * 9] * 4)
     shardings = param_shardings(alone, mesh)
@@ -86,12 +89,52 @@ def test_a_sharded_model_computes_the_same():
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, expected), expected_grads = step(params, inputs, ids)
     placed = jax.device_put(params, shardings)
-    (_, logits), grads = step(placed, *jax.device_put((inputs, ids), batch))
+    with jax.set_mesh(mesh):
+        (_, logits), grads = step(placed, *jax.device_put((inputs, ids), batch))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, expected_grads)
     # Decoding, too.
     cache, whole = alone.init_cache(4), forward(alone, inputs)
-    first, cache = jax.jit(lambda p, t, c: nnx.merge(graphdef, p).prefill(t, c))(placed, inputs[:, :9], cache)
+    cache = jax.device_put(cache, NamedSharding(mesh, jax.P(None, ("data", "fsdp"))))
+    some, token = (jax.device_put(x, batch) for x in (inputs[:, :9], inputs[:, 9]))
+    with jax.set_mesh(mesh):
+        first, cache = jax.jit(lambda p, t, c: nnx.merge(graphdef, p).prefill(t, c))(placed, some, cache)
+        second, _ = jax.jit(lambda p, t, c: nnx.merge(graphdef, p).step(t, c))(placed, token, cache)
     np.testing.assert_allclose(first, whole[:, 8], rtol=1e-3, atol=1e-4)
-    second, _ = jax.jit(lambda p, t, c: nnx.merge(graphdef, p).step(t, c))(placed, inputs[:, 9], cache)
     np.testing.assert_allclose(second, whole[:, 9], rtol=1e-3, atol=1e-4)
+
+
+COLLECTIVE = r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\("
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_time_sharded_over_an_axis(kind):
+    """The same loss and gradients, and nothing sent between the pieces that grows with time."""
+    mesh = mesh_of(kind, data=2, sequence=4)
+    config = CONFIG.replace(implementation="xla", num_layers=1)
+    graphdef, params = nnx.split(build(config))
+    pieces = nnx.graphdef(build(config.replace(sequence_axis="sequence")))
+    spec = NamedSharding(mesh, jax.P("data", "sequence"))
+
+    def loss(graphdef, params, inputs, ids):
+        return jnp.mean(nnx.merge(graphdef, params)(inputs, ids) ** 2)
+
+    step = jax.jit(
+        jax.value_and_grad(loss, 1), static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+    )
+    sent = []
+    for time in (24, 48):
+        inputs = tokens(4, time) % 36
+        ids = jnp.asarray(np.random.default_rng(0).integers(-1, 2, (4, time)).repeat(5, 1)[:, :time])
+        arguments = (jax.device_put(params, NamedSharding(mesh, jax.P())), *jax.device_put((inputs, ids), spec))
+        with jax.set_mesh(mesh):
+            text = step.lower(pieces, *arguments).compile().as_text()
+            got = step(pieces, *arguments)
+        sent.append(sorted(re.findall(COLLECTIVE, text)))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+            got,
+            step(graphdef, params, inputs, ids),
+        )
+    assert sent[0] == sent[1]
+    assert any(kind == "collective-permute" for _, kind in sent[0])

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 
 from gla_jax.train import InputError
 from gla_jax.train.checkpoints import Checkpoints, fingerprint
-from gla_jax.train.data import training_batches
+from gla_jax.train.data import Source, training_batches
 from gla_jax.train.step import TrainState
 
 STREAM = np.arange(200, dtype=np.uint8)
@@ -25,7 +26,7 @@ def abstract():
 
 
 def data():
-    return training_batches(STREAM, batch=2, length=9, seed=0)
+    return training_batches([Source(STREAM)], batch=2, length=9, seed=0)
 
 
 def save_steps(folder, steps, keep=2):
@@ -49,7 +50,7 @@ def test_what_is_saved_comes_back_with_the_datas_position(tmp_path):
         assert restored is not None
         assert restored.params["b"]["c"].dtype == jnp.bfloat16
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(abstract()), state_at(5).params)
-    np.testing.assert_array_equal(next(iterator), following[5])
+    np.testing.assert_array_equal(next(iterator).targets, following[5].targets)
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -74,6 +75,12 @@ def damage(folder):
             path.write_bytes(content)
 
 
+@pytest.fixture
+def collected():
+    yield
+    gc.collect()
+
+
 # What orbax had begun to read when it met the damage.
 UNREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -95,7 +102,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(tmp_path, how)
     with Checkpoints(tmp_path, note=told.append) as checkpoints:
         restored = checkpoints.restore(abstract(), iterator)
         jax.tree.map(np.testing.assert_array_equal, restored, state_at(2))
-        np.testing.assert_array_equal(next(iterator), following[2])
+        np.testing.assert_array_equal(next(iterator).targets, following[2].targets)
         (line,) = told
         assert line.startswith(f"checkpoint {tmp_path / '5'} is damaged, trying the one before (")
         # The damaged one is replaced when its step comes again.
@@ -139,3 +146,72 @@ def test_a_fingerprint_depends_on_every_element_and_its_place():
     assert len(prints) == 1 + sum(leaf.size for leaf in tree.values())
     assert int(fingerprint({**tree, "a": tree["a"][::-1]})) not in prints
     assert int(fingerprint(tree)) in prints
+
+
+@UNREAD
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.usefixtures("collected")
+def test_any_damaged_file_is_told_of_or_makes_no_difference(tmp_path, seed):
+    """A file of the newest checkpoint changed, cut short, emptied or gone: what comes back is whole, old or new."""
+    save_steps(tmp_path, [2, 5])
+    chance = np.random.default_rng(seed)
+    files = sorted(path for path in (tmp_path / "5").rglob("*") if path.is_file() and path.stat().st_size)
+    path = files[chance.integers(len(files))]
+    content = bytearray(path.read_bytes())
+    how = seed % 4
+    if how == 0:
+        content[chance.integers(len(content))] ^= 0xFF
+    elif how == 1:
+        content = content[: len(content) // 2]
+    elif how == 2:
+        content = bytearray()
+    if how == 3:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    told, iterator = [], data()
+    with Checkpoints(tmp_path, note=told.append) as checkpoints:
+        restored = checkpoints.restore(abstract(), iterator)
+    assert restored is not None
+    step = int(restored.step)
+    assert step in (2, 5)
+    jax.tree.map(np.testing.assert_array_equal, restored, state_at(step))
+    reference = data()
+    for _ in range(step):
+        next(reference)
+    np.testing.assert_array_equal(next(iterator).targets, next(reference).targets)
+    assert len(told) == (0 if step == 5 else 1)
+
+
+def test_another_mesh_and_other_processes(tmp_path, monkeypatch):
+    save_steps(tmp_path, [5])
+    mesh = jax.make_mesh((2, 3), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:6])
+    places = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), abstract())
+    places.params["a"] = jax.NamedSharding(mesh, jax.P("x", "y"))
+    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract(), places)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(wanted, data())
+    jax.tree.map(np.testing.assert_array_equal, restored, state_at(5))
+    assert restored is not None
+    assert restored.params["a"].sharding == places.params["a"]
+
+    # As if two processes had saved it.
+    told, iterator = [], data()
+    with Checkpoints(tmp_path, note=told.append) as checkpoints:
+        checkpoints._restore_position(5, iterator, 2)
+        np.testing.assert_array_equal(next(iterator).targets, next_after(5).targets)
+        separated = np.append(STREAM, 0)[::-1].copy()
+        packed = training_batches([Source(separated)], batch=2, length=9, seed=0, separator=0)
+        checkpoints._restore_position(5, packed, 2)
+    assert told == [
+        "step 5 was saved by 2 processes, and there are 1: the batches that follow are the same",
+        "step 5 was saved by 2 processes, and there are 1: packed documents begin again, in the order of a new run; "
+        "all else is kept",
+    ]
+
+
+def next_after(step):
+    iterator = data()
+    for _ in range(step):
+        next(iterator)
+    return next(iterator)

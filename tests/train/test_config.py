@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gla_jax.train import InputError, TrainConfig
+from gla_jax.train import InputError, MeshConfig, TrainConfig
 from gla_jax.train.config import config_from_json, config_to_json, differences
 
 from .small import small
@@ -11,7 +11,7 @@ from .small import small
 
 @pytest.mark.parametrize("data", [None, Path("texts/mine.jsonl")])
 def test_a_config_survives_json(data):
-    config = small(Path("runs/a"), data=data, optimizer="adamw", learning_rate=1e-3)
+    config = small(Path("runs/a"), data=data, optimizer="adamw", mix=("b=2",), mesh=MeshConfig(fsdp=2))
     assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
 
 
@@ -23,6 +23,11 @@ def test_a_config_survives_json(data):
         ("learning_rate", float("nan"), "argument --learning-rate: must be a positive number, got nan"),
         ("final_learning_rate", 1.5, "argument --final-learning-rate: must be between 0 and 1, got 1.5"),
         ("weight_decay", -1.0, "argument --weight-decay: must be at least 0, got -1.0"),
+        ("accumulate", 3, "argument --accumulate: must be a divisor of --batch = 4, got 3"),
+        ("pieces", 3, "argument --pieces: must be a divisor of --length = 256, got 3"),
+        ("spike", 1.0, "argument --spike: must be above 1 or None, got 1.0"),
+        ("ema", 1.0, "argument --ema: must be at least 0 and below 1, got 1.0"),
+        ("profile", 0, "argument --profile: must be at least 1 or None, got 0"),
         ("seed", -1, "argument --seed: must be between 0 and 2^32 - 1, got -1"),
         ("sample", -1, "argument --sample: must be at least 0, got -1"),
     ],

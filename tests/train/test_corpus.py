@@ -102,7 +102,9 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, message):
 def test_what_is_no_readable_file_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"argument --data: .*nothing does not exist; give a text or .jsonl file"):
         load_corpus(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"argument --data: .* is a folder; give one text or .jsonl file"):
+    with pytest.raises(
+        InputError, match=r"argument --data: .* has no tokens.json; give a file or what `tokenize` made"
+    ):
         load_corpus(tmp_path)
     broken = tmp_path / "a.txt.xz"
     broken.write_bytes(b"not xz")

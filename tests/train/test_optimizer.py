@@ -23,6 +23,15 @@ def test_the_learning_rate_rises_then_falls_to_its_last_value():
     np.testing.assert_allclose(np.array([make_schedule(flat)(s) for s in (0, 50)]), flat.learning_rate, rtol=1e-6)
 
 
+def test_wsd_is_constant_between_its_rise_and_its_fall():
+    config = small("r", steps=100, warmup=0.1, schedule="wsd", decay=0.3, learning_rate=1e-2, final_learning_rate=0.1)
+    rate = np.array([make_schedule(config)(step) for step in range(101)])
+    np.testing.assert_allclose(rate[10:71], 1e-2, rtol=1e-6)
+    np.testing.assert_allclose(np.diff(rate[70:101]), -9e-3 / 30, rtol=1e-3)
+    assert rate[0] == pytest.approx(1e-2 / 11)
+    assert rate[100] == pytest.approx(1e-3)
+
+
 def test_matrices_are_the_projections_and_their_stack_axis_is_no_matrix_axis():
     variables = nnx.split(nnx.eval_shape(lambda: GLAForCausalLM(MODEL, rngs=nnx.Rngs(0))))[1]
     is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)

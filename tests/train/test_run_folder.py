@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gla_jax.train import InputError
+from gla_jax.train import InputError, MeshConfig
 from gla_jax.train.run_folder import load_config, open_run
 
 from .small import MODEL, small
@@ -20,6 +20,9 @@ def test_a_folder_explains_itself_and_opens_again(tmp_path):
     assert load_config(config.run) == config
     # The same text may lie elsewhere.
     with open_run(small(config.run, data=Path("moved.txt")), "abc"):
+        pass
+    # So may the devices.
+    with open_run(small(config.run, mesh=MeshConfig(fsdp=2, axes="explicit"), profile=3, tensorboard=True), "abc"):
         pass
 
 
