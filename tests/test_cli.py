@@ -90,7 +90,8 @@ def test_a_run_is_converted_and_both_score_the_same(tmp_path, capsys):
     tokens = [255, *text.read_bytes()]
     (first, *_) = perplexity_by_place(load_pretrained(there), [tokens], block=256, bucket=100)
     printed = re.match(r"places 0 to 99: perplexity ([0-9.]+),", ours)
-    assert printed and float(printed[1]) == pytest.approx(first.perplexity, abs=1e-3)
+    assert printed
+    assert float(printed[1]) == pytest.approx(first.perplexity, abs=1e-3)
     # It has no tokenizer.json, as a model over bytes has none.
     assert cli.main(["eval", str(there), *scores]) == 2
     assert capsys.readouterr().err == f"gla-jax: {there}: has no tokenizer.json\n"
