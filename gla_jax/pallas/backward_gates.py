@@ -109,15 +109,14 @@ def mild_gradients(t, ds, post, scale, wait_values):
 
     dq = matmul([*_reads(t), (t.scores, t.k)])
     z = load(t.q) * dq
-    dq = dq * (jnp.exp(e) * scale)
-    dk = matmul(_writes(t))
-    w = load(t.k) * dk
+    plgpu.commit_smem()
+    t.state[0] = (dq * (jnp.exp(e) * scale)).astype(t.state.dtype)
     inside = matmul([(t.scores.T, t.q)])
     z -= load(t.k) * inside
-    dk = (dk + inside) * jnp.exp(-e)
+    across = matmul(_writes(t))
     plgpu.commit_smem()
-    t.state[0] = dq.astype(t.state.dtype)
-    t.state[1] = dk.astype(t.state.dtype)
+    t.state[1] = ((inside + across) * jnp.exp(-e)).astype(t.state.dtype)
+    w = load(t.k) * across
     t.g[...] = (z - w).astype(t.g.dtype)
     t.scores[...] = (z + w).astype(t.scores.dtype)
     plgpu.commit_smem()

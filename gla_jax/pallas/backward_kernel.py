@@ -155,16 +155,19 @@ def _walk_back(s, warpgroup, config, chunks, scale, *, final, enters, initial):
 
     def chunk(i, ds):
         slot, value_slot = lax.rem(i, jnp.int32(config.token_stages)), lax.rem(i, jnp.int32(config.value_stages))
-        v, do, d = s["v"].at[value_slot], s["do"].at[value_slot], s["d"].at[warpgroup]
+        # An index read from memory keeps addresses from being computed, and spilled, ahead of the loop.
+        zero = s["zero"][warpgroup, 0]
+        own = warpgroup + zero
+        v, do, d = s["v"].at[value_slot], s["do"].at[value_slot], s["d"].at[own]
         tiles = Tiles(
-            *(s[name].at[slot, warpgroup] for name in ("q", "k", "g")),
-            s["state"].at[value_slot, warpgroup],
+            *(s[name].at[slot, own] for name in ("q", "k", "g")),
+            s["state"].at[value_slot, own],
             d,
             v,
             do,
-            *(s[name].at[warpgroup] for name in ("scores", "triangle")),
-            s["decay"].at[slot, warpgroup],
-            s["zero"].at[warpgroup],
+            *(s[name].at[own] for name in ("scores", "triangle")),
+            s["decay"].at[slot, own],
+            s["zero"].at[own],
         )
         wait_values = lambda: plgpu.barrier_wait(s["values_loaded"].at[value_slot])
         plgpu.barrier_wait(s["tokens_loaded"].at[slot])
@@ -188,11 +191,11 @@ def _walk_back(s, warpgroup, config, chunks, scale, *, final, enters, initial):
         keep = jnp.exp(total * (1.0 - 0.5 * mild))
         updates = [matmul([(tiles.q.T, do.at[j])]) for j in range(VALUE_BLOCKS)]
         ds = tuple((ds[j] * along_rows(keep) + updates[j]) * along_rows(post) for j in range(VALUE_BLOCKS))
-        mine = [warpgroup * share + j for j in range(share)]
+        mine = [own * share + j for j in range(share)]
         dvs = []
         for j in mine:
-            between = [(s["k"].at[slot, m], s["d"].at[m, j]) for m in range(blocks)]
-            dvs.append(matmul([*between, *((s["scores"].at[m].T, do.at[j]) for m in range(blocks))]))
+            between = [(s["k"].at[slot, m], s["d"].at[m + zero, j]) for m in range(blocks)]
+            dvs.append(matmul([*between, *((s["scores"].at[m + zero].T, do.at[j]) for m in range(blocks))]))
         meet(s["multiplied"])
         for j, dv in zip(mine, dvs, strict=True):
             v[j] = dv.astype(v.dtype)
