@@ -40,17 +40,21 @@ def backward(
 ) -> Gradients:
     """Gradients of S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in two Mosaic GPU kernels.
 
-    Nothing is kept from the forward but its arguments. The first kernel walks forward and writes the state before each
-    chunk of 64 tokens (2 k v / 64 bytes a token, freed afterwards); the second walks back with the state's cotangent:
-    dS_{t-1} = Diag(exp g_t) dS_t + scale q_{t-1}^T do_{t-1} and so on, in chunks. Exact for every gate: each chunk's 64
-    channels are checked by the first kernel for how they decay, and the second takes the form that fits. The
-    gradient of a gate is that of the sums of gates in the exponents (not a difference of q dq and k dk over the sequence).
-    The same bits from run to run.
+    Nothing is kept from the forward but its arguments. With dS_t the cotangent of S_t,
+
+        dS_t = Diag(exp g_{t+1}) dS_{t+1} + scale q_t^T do_t        dq_t = scale do_t S_t^T
+        dk_t = v_t dS_t^T        dv_t = k_t dS_t        dg_t = exp(g_t) rowsum(S_{t-1} dS_t)
+
+    (arXiv 2312.06635, section 4, has them in chunks but for dg, which it takes from differences of q dq and k dk that
+    cancel; backward_gates.py has what is done here.) The first kernel walks forward and writes the state before each
+    chunk of 64 tokens, 2 k v / 64 bytes a token that are free afterwards; the second walks back. Exact for every gate:
+    the first checks how each 64 channels of a chunk decay, and the second takes the form that fits. The same bits
+    from run to run.
 
     Args:
       q: [b, t, h, k], bfloat16 or float16, k at most 128.
       k, v: [b, t, hk, k] and [b, t, hk, v] of q's dtype.
-      g: log decay, [b, t, hk, k], at most 0; -inf is a hard reset, whose gradient is 0. Float32 is rounded to q's dtype.
+      g: log decay, [b, t, hk, k], at most 0; -inf is a hard reset, and its gradient 0. Float32 is rounded to q's dtype.
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       do: cotangent of o, [b, t, h, v].

@@ -1,7 +1,7 @@
 """What one chunk gives to the gradients of q, k and g in 64 channels.
 
-Notation of gating.py: b_i the decay summed up to token i of the chunk, B the chunk's; S the state before the chunk, dS' the
-cotangent of the one after it, do the output's. In every form
+Notation of gating.py: b_i the decay summed up to token i of the chunk, B the chunk's; S the state before the chunk, dS'
+the cotangent of the one after it, do the output's. In every form
 
     q~, k~    operands with decays in them, scale in q~          A = tril(q~ k~^T)    dA = tril(do v^T)
     dq~ = do S~^T + dA k~        dk~ = v D^T + dA^T q~            (S~ and D the state and dS', as scaled by the form)
@@ -15,9 +15,9 @@ The pairs inside the chunk that l does not part cancel in z, whose two terms are
 else only adds up. With the triangle M of +-1/2 that makes E, the sums are M^T (z - w) and half of all of z + w.
 
 **Anything else** uses only sums of g as exponents and differentiates just those: for x = y exp(N g) with N of zeros and
-ones, dy = dx exp(N g) and dg = N^T (x dx). Nothing is ever subtracted. Here x is q~ = scale q exp(b_i), k~ = k exp(B - b_j),
-and on each of six levels the tile X of gating.py (scale in its queries), which made A's level X X^T; its cotangent is
-(P + P^T) X, with P = dA where a query of a block's right half meets a key of its left half.
+ones, dy = dx exp(N g) and dg = N^T (x dx). Nothing is ever subtracted. Here x is q~ = scale q exp(b_i), k~ =
+k exp(B - b_j), and on each of six levels the tile X of gating.py (scale in its queries), which made A's level X X^T;
+its cotangent is (P + P^T) X, with P = dA where a query of a block's right half meets a key of its left half.
 
 A warp reads and writes its own 16 rows of a tile; only wgmma reads all of a tile. So a tile is committed (a barrier
 of the warpgroup) after it is written, and once more between the last wgmma that reads it and the next write.
@@ -31,8 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
-from gla_jax.pallas.backward_states import COLUMNS, LAST, ROWS, TILE, numbers
-from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, lower, matmul, write_triangle
+from gla_jax.pallas.backward_states import COLUMNS, LAST, TILE, numbers
+from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, matmul, write_triangle
 
 
 class Tiles(NamedTuple):
@@ -77,6 +77,18 @@ def _crossing(t, ds, factor):
     return total * factor
 
 
+def _numbers(t):
+    # An index read from memory keeps masks and addresses from being computed, and spilled, ahead of the loop.
+    z = t.zero[0]
+    rows, columns = numbers()
+    return rows + z, columns + z
+
+
+def _lower(t, a):
+    rows, columns = _numbers(t)
+    return jnp.where(rows >= columns, a, 0.0)
+
+
 def _reads(t):
     return [(t.do.at[i], t.state.at[i].T) for i in range(VALUE_BLOCKS)]
 
@@ -103,7 +115,7 @@ def mild_gradients(t, ds, post, scale, wait_values):
     t.q[...] = (load(t.q) * (jnp.exp(e) * scale)).astype(t.q.dtype)
     t.k[...] = (load(t.k) * jnp.exp(-e)).astype(t.k.dtype)
     wait_values()
-    t.scores[...] = lower(matmul(_score_cotangents(t))).astype(t.scores.dtype)
+    t.scores[...] = _lower(t, matmul(_score_cotangents(t))).astype(t.scores.dtype)
     crossing = _crossing(t, ds, post)
     plgpu.commit_smem()
 
@@ -126,14 +138,14 @@ def mild_gradients(t, ds, post, scale, wait_values):
         plgpu.wgmma(half, t.scores.T, t.triangle.at[LAST].T)
         plgpu.wgmma(a, t.q, t.k.T)
         # The triangle's last row is all 1/2.
-        column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA)
+        column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA) + t.zero[0]
         return dg[...], jnp.sum(jnp.where(column == 7, half[...], 0.0), axis=1), a[...]
 
     wide = plgpu.ACC(TILE, jnp.float32)
     dg, half, a = pl.run_scoped(sums, wide, plgpu.ACC((CHUNK, 8), jnp.float32), wide)
     dg += _along_columns(crossing + half, t.row)  # has a barrier
     t.g[...] = dg.astype(t.g.dtype)
-    t.scores[...] = lower(a).astype(t.scores.dtype)
+    t.scores[...] = _lower(t, a).astype(t.scores.dtype)
 
 
 def _write_mask(t, keep):
@@ -147,8 +159,7 @@ def _decay(t):
 
 def exact_gradients(t, ds, total, scale, wait_values):
     """The form for every gate, in place; as `mild_gradients`, but total is B and D need not be there: it is written."""
-    opaque = lambda: t.zero[0]
-    rows, columns = numbers()
+    rows, columns = _numbers(t)
     t.g[...] = jnp.maximum(load(t.g), FLOOR).astype(t.g.dtype)
     wait_values()
     for i in range(VALUE_BLOCKS):
@@ -166,6 +177,7 @@ def exact_gradients(t, ds, total, scale, wait_values):
     plgpu.commit_smem()
     dg = matmul([(t.triangle.T, product)])
     plgpu.commit_smem()
+    rows, columns = _numbers(t)
     _write_mask(t, columns > rows)
     dk = dk * _decay(t)
     product[...] = (load(t.k) * dk).astype(product.dtype)
@@ -174,37 +186,36 @@ def exact_gradients(t, ds, total, scale, wait_values):
 
     # Inside: dA on both sides of the diagonal in state[0], A in state[1].
     below = matmul(_score_cotangents(t))
-    above = matmul([(t.v.at[i], t.do.at[i].T) for i in range(VALUE_BLOCKS)])
-    t.state[0] = jnp.where(rows >= columns, below, above).astype(t.state.dtype)
+    rows, columns = _numbers(t)
+    t.state[0] = below.astype(t.state.dtype)
     diagonal = along_rows(jnp.sum(jnp.where(rows == columns, below, 0.0), axis=1))
     dq += diagonal * load(t.k) * scale
     dk += diagonal * load(t.q) * scale
+    above = matmul([(t.v.at[i], t.do.at[i].T) for i in range(VALUE_BLOCKS)])
+    t.state[0] = jnp.where(rows >= columns, load(t.state.at[0]), above).astype(t.state.dtype)
     a = matmul([(t.q, t.k.T)])
     t.state[1] = jnp.where(rows == columns, a * scale, 0.0).astype(t.state.dtype)
     plgpu.commit_smem()
 
-    # Indices read from memory keep addresses from being computed, and spilled, ahead of the loop.
     def level(m, sums):
         dq, dk, dg = sums
-        z = opaque()
-        rows, columns = numbers()
-        rows += z
-        columns += z
+        z = t.zero[0]
+        rows, columns = _numbers(t)
         row_half, column_half = rows >> m, columns >> m
         right = (row_half & 1) == 1
         meets = (row_half >> 1 == column_half >> 1) & (row_half != column_half)
         d_scores = load(t.state.at[z])
         t.scores[...] = jnp.where(meets, d_scores, 0.0).astype(t.scores.dtype)
         _write_mask(t, (row_half == column_half) & ((columns <= rows) == right))
-        decay = _decay(t)
-        x = jnp.where(right, load(t.q) * scale, load(t.k)) * decay
+        x = jnp.where(right, load(t.q) * scale, load(t.k)) * _decay(t)
         product[...] = x.astype(product.dtype)
         plgpu.commit_smem()
         a = matmul([(product, product.T)])
         t.state[z + 1] = jnp.where(meets & right, a, load(t.state.at[z + 1])).astype(t.state.dtype)
         dx = matmul([(t.scores, product)])
         net = load(product) * dx
-        dx = dx * decay
+        # Made again rather than held: registers are short here.
+        dx = dx * _decay(t)
         dq += jnp.where(right, dx * scale, 0.0)
         dk += jnp.where(right, 0.0, dx)
         plgpu.commit_smem()
@@ -221,12 +232,11 @@ def exact_gradients(t, ds, total, scale, wait_values):
 
     # What the other products of the chunk need: q~, k~ and D.
     product[...] = ds[0].astype(product.dtype)
-    z = opaque()
-    rows, columns = numbers()
-    rows += z
+    rows, columns = _numbers(t)
     _write_mask(t, columns <= rows)
     t.q[...] = (load(t.q) * (_decay(t) * scale)).astype(t.q.dtype)
     plgpu.commit_smem()
+    rows, columns = _numbers(t)
     _write_mask(t, columns > rows)
     t.k[...] = (load(t.k) * _decay(t)).astype(t.k.dtype)
     dg += _along_columns(crossing, t.row)  # has a barrier

@@ -1,13 +1,13 @@
 """The backward's second kernel: one block walks back over the chunks with the cotangent of the state of one head.
 
-A warpgroup each 64 channels of k computes, and one more moves data. For the chunk n, from the last to the first, with the
-state S before it from backward_states.py and the cotangent dS' of the one after it in registers:
+A warpgroup each 64 channels of k computes, and one more moves data. For each chunk, from the last to the first, with
+the state S before it from backward_states.py, and the cotangent dS' of the one after it in registers:
 
 - each computing warpgroup makes dq, dk and dg of its channels, and q~, k~, A and D = post dS' (backward_gates.py);
 - after a barrier of them, each makes dv = k~ D + A^T do for its columns of v, where A's parts by channels add up, and
   dS = read (keep dS' + q~^T do) for its channels. (post, read, keep) is exp(B/2) thrice in a mild chunk, and
   (1, 1, exp(B)) in any other;
-- after a second barrier dv goes over v, and the last warpgroup stores what was made and loads what comes next in its place.
+- after a second barrier dv goes over v, and the last warpgroup stores what was made and loads the next in its place.
 
 dS is rounded to the inputs' dtype only as an operand of products.
 """
@@ -160,14 +160,17 @@ def _walk_back(s, warpgroup, config, chunks, scale, *, final, enters, initial):
         own = warpgroup + zero
         v, do, d = s["v"].at[value_slot], s["do"].at[value_slot], s["d"].at[own]
         tiles = Tiles(
-            *(s[name].at[slot, own] for name in ("q", "k", "g")),
-            s["state"].at[value_slot, own],
-            d,
-            v,
-            do,
-            *(s[name].at[own] for name in ("scores", "triangle")),
-            s["decay"].at[slot, own],
-            s["zero"].at[own],
+            q=s["q"].at[slot, own],
+            k=s["k"].at[slot, own],
+            g=s["g"].at[slot, own],
+            state=s["state"].at[value_slot, own],
+            d=d,
+            v=v,
+            do=do,
+            scores=s["scores"].at[own],
+            triangle=s["triangle"].at[own],
+            row=s["decay"].at[slot, own],
+            zero=s["zero"].at[own],
         )
         wait_values = lambda: plgpu.barrier_wait(s["values_loaded"].at[value_slot])
         plgpu.barrier_wait(s["tokens_loaded"].at[slot])

@@ -4,13 +4,13 @@ One block carries the state of one head and 128 columns of v over the sequence, 
 
     S_{n+1} = exp(B) S_n + (k exp(B - b_j))^T v
 
-with b_j the decay summed up to token j of the chunk, and B the chunk's. B - b_j is the sum of the gates after j, a product
-of g with a triangle of ones: every factor is at most 1, so this form is exact for every gate (held at -120, whose
-exponential is 0 in float32).
+with b_j the decay summed up to token j of the chunk, and B the chunk's. B - b_j is the sum of the gates after j, a
+product of g with a triangle of ones: every factor is at most 1, so this form is exact for every gate (held at -120,
+whose exponential is 0 in float32).
 
 What leaves is what backward_kernel.py multiplies with, in the inputs' dtype: exp(B/2) S_n if these 64 channels of the
-chunk are mild (no B under -mild), S_n if not. And a float32 a channel that says which, and B: 1 - B >= 1 of mild ones, and
-B <= 0 of others.
+chunk are mild (no B under -mild), S_n if not. And a float32 a channel that says which, and B: 1 - B, at least 1, of
+mild ones, and B, at most 0, of others.
 """
 
 import functools
