@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gla_jax.array_types import Array, Gate, Key, Query, State, Value
+from gla_jax.array_types import Array, Float, Gate, Key, Query, State, Value
 from gla_jax.pallas import backward_kernel, backward_states
 from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward
 from gla_jax.pallas.config import WIDTH
@@ -32,7 +32,7 @@ def backward(
     g: Gate,
     scale: float,
     initial_state: State | None,
-    do: Value,
+    do: Float[Array, "b t h v"],
     dfinal: State | None = None,
     *,
     config: BackwardConfig | None = None,
@@ -52,7 +52,7 @@ def backward(
     from run to run.
 
     Args:
-      q: [b, t, h, k], bfloat16 or float16, k at most 128.
+      q: [b, t, h, k], bfloat16 or float16, any k.
       k, v: [b, t, hk, k] and [b, t, hk, v] of q's dtype.
       g: log decay, [b, t, hk, k], at most 0; -inf is a hard reset, and its gradient 0. Float32 is rounded to q's dtype.
       scale: factor of o.
@@ -68,9 +68,9 @@ def backward(
     config = config or choose_backward(key_size, dtype)
     chunks = pl.cdiv(time, CHUNK)
     rows = max(CHUNK, -(-time // 8) * 8)
-    width = VALUE_BLOCKS * WIDTH
-    parts = pl.cdiv(value_size, width)
-    keys, values = config.key_blocks * WIDTH, parts * width
+    key_width, value_width = config.key_blocks * WIDTH, VALUE_BLOCKS * WIDTH
+    key_parts, value_parts = pl.cdiv(key_size, key_width), pl.cdiv(value_size, value_width)
+    keys, values = key_parts * key_width, value_parts * value_width
     factor = _magnitude(do, dfinal) if dtype == jnp.float16 else None
     if factor is not None:
         do = do.astype(jnp.float32) / factor
@@ -91,22 +91,27 @@ def backward(
     )
     make_states = call(
         functools.partial(
-            backward_states.states_kernel, config=config, chunks=chunks, has_initial=initial_state is not None
+            backward_states.states_kernel,
+            config=config,
+            chunks=chunks,
+            value_parts=value_parts,
+            has_initial=initial_state is not None,
         ),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, chunks, keys, values), dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, chunks, keys), jnp.float32),
         ),
-        grid=(batch, kv_heads, parts),
+        grid=(batch, kv_heads, key_parts * value_parts),
         scratch_types=[backward_states.scratch(config, dtype)],
     )
     states, decay = make_states(*padded[1:], *state(initial_state))
-    of_keys = jax.ShapeDtypeStruct((parts, batch, rows, heads, keys), dtype)
+    of_keys = jax.ShapeDtypeStruct((value_parts, batch, rows, heads, keys), dtype)
     make_gradients = call(
         functools.partial(
             backward_kernel.backward_kernel,
             config=config,
             chunks=chunks,
+            value_parts=value_parts,
             group=group,
             scale=scale,
             has_final=dfinal is not None,
@@ -114,22 +119,22 @@ def backward(
         out_type=(
             of_keys,
             of_keys,
-            jax.ShapeDtypeStruct((batch, rows, heads, values), dtype),
+            jax.ShapeDtypeStruct((key_parts, batch, rows, heads, values), dtype),
             of_keys,
             jax.ShapeDtypeStruct((batch, heads, keys, values), jnp.float32),
         ),
-        grid=(batch, heads, parts),
+        grid=(batch, heads, key_parts * value_parts),
         scratch_types=[backward_kernel.scratch(config, dtype)],
     )
     dq, dk, dv, dg, dinitial = make_gradients(*padded, tokens(do, values), states, decay, *state(dfinal))
 
-    add = lambda x: x[0] if parts == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
+    add = lambda x: x[0] if x.shape[0] == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
     share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
     undo = lambda x, to: (x if factor is None else x.astype(jnp.float32) * factor).astype(to)
     return Gradients(
         undo(add(dq)[:, :time, :, :key_size], q.dtype),
         undo(share(add(dk), 2)[:, :time, :, :key_size], k.dtype),
-        undo(share(dv, 2)[:, :time, :, :value_size], v.dtype),
+        undo(share(add(dv), 2)[:, :time, :, :value_size], v.dtype),
         undo(share(add(dg), 2)[:, :time, :, :key_size], g.dtype),
         undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32),
     )

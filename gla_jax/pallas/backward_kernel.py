@@ -1,4 +1,4 @@
-"""The backward's second kernel: one block walks back over the chunks with the cotangent of the state of one head.
+"""The backward's second kernel: one block walks back over the chunks with the cotangent of one head's state.
 
 A warpgroup each 64 channels of k computes, and one more moves data. For each chunk, from the last to the first, with
 the state S before it from backward_states.py, and the cotangent dS' of the one after it in registers:
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients
-from gla_jax.pallas.backward_states import ROWS, TILE, tile
+from gla_jax.pallas.backward_states import ROWS, TILE, parts, tile
 from gla_jax.pallas.gating import CHUNK, along_rows, matmul, write_triangle
 
 
@@ -48,18 +48,19 @@ def scratch(config, dtype):
     }
 
 
-def backward_kernel(*refs, config, chunks, group, scale, has_final):
+def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final):
     """The body; refs are q, k, v, g, do, states, decay, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
 
-    The gradients have a part of v (dq, dk, dg) and a query head each; who calls adds them up.
+    Everything is linear in the products over k and over v, so a block takes 64 or 128 channels and 128 columns. dq, dk
+    and dg are [value_parts, b, t, h, k], dv is [key_parts, b, t, h, v] and dinitial [b, h, k, v]: who calls adds up
+    parts, and query heads of a group.
     """
     q, k, v, g, do, states, decay, *final, dq, dk, dv, dg, dinitial, s = refs
     warpgroup = lax.axis_index("role")
-    batch, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    key_part, value_part, channels, columns = parts(config, value_parts)
     kv_head = lax.div(head, jnp.int32(group))
     blocks = config.key_blocks
-    columns = lambda i: pl.ds((part * VALUE_BLOCKS + i) * CHUNK, CHUNK)
-    channels = lambda i: pl.ds(i * CHUNK, CHUNK)
 
     @pl.when(warpgroup < blocks)
     def _compute():
@@ -85,20 +86,29 @@ def backward_kernel(*refs, config, chunks, group, scale, has_final):
         copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
         send = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False)
 
-        def load_tokens(i):
+        # What gradients are staged over waits until those are stored; the rest need not.
+        def load_queries_and_keys(i):
             slot = lax.rem(i, jnp.int32(config.token_stages))
             loaded = s["tokens_loaded"].at[slot]
             for j in range(blocks):
-                copy(g.at[batch, tokens(i), kv_head, channels(j)], s["g"].at[slot, j], loaded)
                 copy(q.at[batch, tokens(i), head, channels(j)], s["q"].at[slot, j], loaded)
                 copy(k.at[batch, tokens(i), kv_head, channels(j)], s["k"].at[slot, j], loaded)
                 copy(decay.at[batch, kv_head, chunks - 1 - i, channels(j)], s["decay"].at[slot, j], loaded)
 
-        def load_values(i):
+        def load_gates(i):
+            slot = lax.rem(i, jnp.int32(config.token_stages))
+            for j in range(blocks):
+                copy(g.at[batch, tokens(i), kv_head, channels(j)], s["g"].at[slot, j], s["tokens_loaded"].at[slot])
+
+        def load_cotangents(i):
+            slot = lax.rem(i, jnp.int32(config.value_stages))
+            for j in range(VALUE_BLOCKS):
+                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], s["values_loaded"].at[slot])
+
+        def load_values_and_states(i):
             slot = lax.rem(i, jnp.int32(config.value_stages))
             loaded = s["values_loaded"].at[slot]
             for j in range(VALUE_BLOCKS):
-                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], loaded)
                 copy(v.at[batch, tokens(i), kv_head, columns(j)], s["v"].at[slot, j], loaded)
                 for m in range(blocks):
                     state = states.at[batch, kv_head, chunks - 1 - i, channels(m), columns(j)]
@@ -107,30 +117,39 @@ def backward_kernel(*refs, config, chunks, group, scale, has_final):
         def store(i):
             slot, value_slot = lax.rem(i, jnp.int32(config.token_stages)), lax.rem(i, jnp.int32(config.value_stages))
             for j in range(blocks):
-                send(s["state"].at[value_slot, j, 0], dq.at[part, batch, tokens(i), head, channels(j)])
-                send(s["state"].at[value_slot, j, 1], dk.at[part, batch, tokens(i), head, channels(j)])
-                send(s["g"].at[slot, j], dg.at[part, batch, tokens(i), head, channels(j)])
+                send(s["state"].at[value_slot, j, 0], dq.at[value_part, batch, tokens(i), head, channels(j)])
+                send(s["state"].at[value_slot, j, 1], dk.at[value_part, batch, tokens(i), head, channels(j)])
+                send(s["g"].at[slot, j], dg.at[value_part, batch, tokens(i), head, channels(j)])
             for j in range(VALUE_BLOCKS):
-                send(s["v"].at[value_slot, j], dv.at[batch, tokens(i), head, columns(j)])
+                send(s["v"].at[value_slot, j], dv.at[key_part, batch, tokens(i), head, columns(j)])
             plgpu.commit_smem_to_gmem_group()
 
         for i in range(min(chunks, config.token_stages)):
-            load_tokens(jnp.int32(i))
+            load_gates(jnp.int32(i))
+            load_queries_and_keys(jnp.int32(i))
             if i < config.value_stages:
-                load_values(jnp.int32(i))
+                load_cotangents(jnp.int32(i))
+                load_values_and_states(jnp.int32(i))
 
         def chunk(i, _):
             plgpu.barrier_wait(s["made"].at[lax.rem(i, jnp.int32(config.token_stages))])
             store(i)
+            value, token = i + config.value_stages, i + config.token_stages
+
+            @pl.when(value < chunks)
+            def _cotangents():
+                load_cotangents(value)
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            @pl.when(i + config.value_stages < chunks)
+            @pl.when(value < chunks)
             def _values():
-                load_values(i + config.value_stages)
+                load_values_and_states(value)
 
-            @pl.when(i + config.token_stages < chunks)
+            @pl.when(token < chunks)
             def _tokens():
-                load_tokens(i + config.token_stages)
+                load_gates(token)
+                load_queries_and_keys(token)
 
         lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
         plgpu.wait_smem_to_gmem(0)

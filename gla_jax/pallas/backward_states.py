@@ -1,6 +1,7 @@
 """The backward's first kernel: the state before every chunk, and the chunk's decay.
 
-One block carries the state of one head and 128 columns of v over the sequence, a warpgroup each 64 channels of k:
+One block carries 64 or 128 channels of k by 128 columns of v of one head's state over the sequence, a warpgroup each 64
+channels:
 
     S_{n+1} = exp(B) S_n + (k exp(B - b_j))^T v
 
@@ -38,6 +39,15 @@ def numbers():
     return tuple(plgpu.broadcasted_iota(jnp.int32, TILE, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
 
 
+def parts(config, value_parts):
+    """Which part of k and of v a block has, and slices of its 64 channels and 64 columns by number."""
+    part = lax.axis_index("part")
+    key_part, value_part = lax.div(part, jnp.int32(value_parts)), lax.rem(part, jnp.int32(value_parts))
+    channels = lambda i: pl.ds((key_part * config.key_blocks + i) * CHUNK, CHUNK)
+    columns = lambda i: pl.ds((value_part * VALUE_BLOCKS + i) * CHUNK, CHUNK)
+    return key_part, value_part, channels, columns
+
+
 def scratch(config, dtype):
     """Shared memory and barriers of one block, by name."""
     blocks, stages = config.key_blocks, config.state_stages
@@ -55,26 +65,26 @@ def scratch(config, dtype):
     }
 
 
-def states_kernel(*refs, config, chunks, has_initial):
+def states_kernel(*refs, config, chunks, value_parts, has_initial):
     """The body; refs are k, v, g, [initial state], states [b, hk, n, k, v], decay [b, hk, n, k], then the scratch."""
     k, v, g, *initial, states, decay, s = refs
     warpgroup = lax.axis_index("role")
-    batch, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
-    columns = lambda i: pl.ds((part * VALUE_BLOCKS + i) * CHUNK, CHUNK)
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    _, value_part, channels, columns = parts(config, value_parts)
 
     @pl.when(warpgroup < config.key_blocks)
     def _compute():
-        channels = pl.ds(warpgroup * CHUNK, CHUNK)
-        start = initial[0].at[batch, head, channels] if has_initial else None
+        mine = channels(warpgroup)
+        start = initial[0].at[batch, head, mine] if has_initial else None
         _carry_states(
             s,
             warpgroup,
             config,
             chunks,
             initial=None if start is None else [start.at[:, columns(i)] for i in range(VALUE_BLOCKS)],
-            states=lambda n, i: states.at[batch, head, n, channels, columns(i)],
-            decay=lambda n: decay.at[batch, head, n, channels],
-            writes_decay=part == 0,
+            states=lambda n, i: states.at[batch, head, n, mine, columns(i)],
+            decay=lambda n: decay.at[batch, head, n, mine],
+            writes_decay=value_part == 0,
         )
 
     @pl.when(warpgroup == config.key_blocks)
@@ -89,9 +99,8 @@ def states_kernel(*refs, config, chunks, has_initial):
             tokens = pl.ds(n * CHUNK, CHUNK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
             for i in range(config.key_blocks):
-                channels = pl.ds(i * CHUNK, CHUNK)
-                copy(g.at[batch, tokens, head, channels], s["g"].at[slot, i], s["loaded"].at[slot])
-                copy(k.at[batch, tokens, head, channels], s["k"].at[slot, i], s["loaded"].at[slot])
+                copy(g.at[batch, tokens, head, channels(i)], s["g"].at[slot, i], s["loaded"].at[slot])
+                copy(k.at[batch, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
             for i in range(VALUE_BLOCKS):
                 copy(v.at[batch, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
 
