@@ -89,6 +89,13 @@ def _lower(t, a):
     return jnp.where(rows >= columns, a, 0.0)
 
 
+def _split(x, high, low):
+    """x in two tiles, twice as exact as in one."""
+    rounded = x.astype(high.dtype)
+    high[...] = rounded
+    low[...] = (x - rounded.astype(jnp.float32)).astype(low.dtype)
+
+
 def _reads(t):
     return [(t.do.at[i], t.state.at[i].T) for i in range(VALUE_BLOCKS)]
 
@@ -121,21 +128,22 @@ def mild_gradients(t, ds, post, scale, wait_values):
 
     dq = matmul([*_reads(t), (t.scores, t.k)])
     z = load(t.q) * dq
-    plgpu.commit_smem()
-    t.state[0] = (dq * (jnp.exp(e) * scale)).astype(t.state.dtype)
+    dq = (dq * (jnp.exp(e) * scale)).astype(t.state.dtype)
     inside = matmul([(t.scores.T, t.q)])
     z -= load(t.k) * inside
     across = matmul(_writes(t))
-    plgpu.commit_smem()
-    t.state[1] = ((inside + across) * jnp.exp(-e)).astype(t.state.dtype)
+    dk = ((inside + across) * jnp.exp(-e)).astype(t.state.dtype)
     w = load(t.k) * across
-    t.g[...] = (z - w).astype(t.g.dtype)
-    t.scores[...] = (z + w).astype(t.scores.dtype)
+    plgpu.commit_smem()
+    _split(z - w, t.g, t.state.at[0])
+    _split(z + w, t.scores, t.state.at[1])
     plgpu.commit_smem()
 
     def sums(dg, half, a):
-        plgpu.wgmma(dg, t.triangle.T, t.g)
-        plgpu.wgmma(half, t.scores.T, t.triangle.at[LAST].T)
+        for products in (t.g, t.state.at[0]):
+            plgpu.wgmma(dg, t.triangle.T, products)
+        for products in (t.scores, t.state.at[1]):
+            plgpu.wgmma(half, products.T, t.triangle.at[LAST].T)
         plgpu.wgmma(a, t.q, t.k.T)
         # The triangle's last row is all 1/2.
         column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA) + t.zero[0]
@@ -145,6 +153,8 @@ def mild_gradients(t, ds, post, scale, wait_values):
     dg, half, a = pl.run_scoped(sums, wide, plgpu.ACC((CHUNK, 8), jnp.float32), wide)
     dg += _along_columns(crossing + half, t.row)  # has a barrier
     t.g[...] = dg.astype(t.g.dtype)
+    t.state[0] = dq
+    t.state[1] = dk
     t.scores[...] = _lower(t, a).astype(t.scores.dtype)
 
 
