@@ -59,7 +59,7 @@ class BackwardConfig:
 
 
 _NARROW = BackwardConfig(
-    key_blocks=1, state_stages=4, token_stages=2, value_stages=2, compute_registers=248, load_registers=40
+    key_blocks=1, state_stages=4, token_stages=2, value_stages=2, compute_registers=240, load_registers=40
 )
 _WIDE = BackwardConfig(
     key_blocks=2, state_stages=3, token_stages=2, value_stages=1, compute_registers=240, load_registers=24

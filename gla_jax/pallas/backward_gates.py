@@ -167,8 +167,12 @@ def _decay(t):
     return jnp.exp(matmul([(t.triangle, t.g)]))
 
 
-def exact_gradients(t, ds, total, scale, wait_values):
-    """The form for every gate, in place; as `mild_gradients`, but total is B and D need not be there: it is written."""
+def exact_gradients(make_tiles, ds, total, scale, wait_values):
+    """The form for every gate, in place.
+
+    As `mild_gradients`, but total is B, D is written here, and make_tiles makes the Tiles, with addresses of its own.
+    """
+    t = make_tiles()
     rows, columns = _numbers(t)
     t.g[...] = jnp.maximum(load(t.g), FLOOR).astype(t.g.dtype)
     wait_values()
@@ -195,6 +199,7 @@ def exact_gradients(t, ds, total, scale, wait_values):
     dg += matmul([(t.triangle.T, product)])
 
     # Inside: dA on both sides of the diagonal in state[0], A in state[1].
+    t = make_tiles()
     below = matmul(_score_cotangents(t))
     rows, columns = _numbers(t)
     t.state[0] = below.astype(t.state.dtype)
@@ -209,19 +214,20 @@ def exact_gradients(t, ds, total, scale, wait_values):
 
     def level(m, sums):
         dq, dk, dg = sums
-        z = t.zero[0]
+        t = make_tiles()
+        product = t.d.at[0]
         rows, columns = _numbers(t)
         row_half, column_half = rows >> m, columns >> m
         right = (row_half & 1) == 1
         meets = (row_half >> 1 == column_half >> 1) & (row_half != column_half)
-        d_scores = load(t.state.at[z])
+        d_scores = load(t.state.at[0])
         t.scores[...] = jnp.where(meets, d_scores, 0.0).astype(t.scores.dtype)
         _write_mask(t, (row_half == column_half) & ((columns <= rows) == right))
         x = jnp.where(right, load(t.q) * scale, load(t.k)) * _decay(t)
         product[...] = x.astype(product.dtype)
         plgpu.commit_smem()
         a = matmul([(product, product.T)])
-        t.state[z + 1] = jnp.where(meets & right, a, load(t.state.at[z + 1])).astype(t.state.dtype)
+        t.state[1] = jnp.where(meets & right, a, load(t.state.at[1])).astype(t.state.dtype)
         dx = matmul([(t.scores, product)])
         net = load(product) * dx
         # Made again rather than held: registers are short here.
@@ -236,12 +242,13 @@ def exact_gradients(t, ds, total, scale, wait_values):
         return dq, dk, dg
 
     dq, dk, dg = lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, (dq, dk, dg))
+    t = make_tiles()
     t.scores[...] = load(t.state.at[1]).astype(t.scores.dtype)
     t.state[0] = dq.astype(t.state.dtype)
     t.state[1] = dk.astype(t.state.dtype)
 
     # What the other products of the chunk need: q~, k~ and D.
-    product[...] = ds[0].astype(product.dtype)
+    t.d[0] = ds[0].astype(t.d.dtype)
     rows, columns = _numbers(t)
     _write_mask(t, columns <= rows)
     t.q[...] = (load(t.q) * (_decay(t) * scale)).astype(t.q.dtype)

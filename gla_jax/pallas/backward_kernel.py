@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients
-from gla_jax.pallas.backward_states import ROWS, TILE, parts, tile
-from gla_jax.pallas.gating import CHUNK, along_rows, matmul, write_triangle
+from gla_jax.pallas.backward_states import ROWS, TILE, matmuls, parts, tile
+from gla_jax.pallas.gating import CHUNK, along_rows, write_triangle
 
 
 def scratch(config, dtype):
@@ -174,23 +174,27 @@ def _walk_back(s, warpgroup, config, chunks, scale, *, final, enters, initial):
 
     def chunk(i, ds):
         slot, value_slot = lax.rem(i, jnp.int32(config.token_stages)), lax.rem(i, jnp.int32(config.value_stages))
-        # An index read from memory keeps addresses from being computed, and spilled, ahead of the loop.
-        zero = s["zero"][warpgroup, 0]
-        own = warpgroup + zero
-        v, do, d = s["v"].at[value_slot], s["do"].at[value_slot], s["d"].at[own]
-        tiles = Tiles(
-            q=s["q"].at[slot, own],
-            k=s["k"].at[slot, own],
-            g=s["g"].at[slot, own],
-            state=s["state"].at[value_slot, own],
-            d=d,
-            v=v,
-            do=do,
-            scores=s["scores"].at[own],
-            triangle=s["triangle"].at[own],
-            row=s["decay"].at[slot, own],
-            zero=s["zero"].at[own],
-        )
+        v, do = s["v"].at[value_slot], s["do"].at[value_slot]
+
+        def make_tiles():
+            # An index read from memory keeps addresses from being computed, and spilled, ahead of a loop.
+            own = warpgroup + s["zero"][warpgroup, 0]
+            return Tiles(
+                q=s["q"].at[slot, own],
+                k=s["k"].at[slot, own],
+                g=s["g"].at[slot, own],
+                state=s["state"].at[value_slot, own],
+                d=s["d"].at[own],
+                v=v,
+                do=do,
+                scores=s["scores"].at[own],
+                triangle=s["triangle"].at[own],
+                row=s["decay"].at[slot, own],
+                zero=s["zero"].at[own],
+            )
+
+        tiles = make_tiles()
+        zero = tiles.zero[0]
         wait_values = lambda: plgpu.barrier_wait(s["values_loaded"].at[value_slot])
         plgpu.barrier_wait(s["tokens_loaded"].at[slot])
         mild = jnp.where(s["decay"][slot, warpgroup, 0] > 0.5, 1.0, 0.0)
@@ -201,23 +205,27 @@ def _walk_back(s, warpgroup, config, chunks, scale, *, final, enters, initial):
         @pl.when(mild > 0.5)
         def _mild():
             for j in range(VALUE_BLOCKS):
-                d[j] = (ds[j] * along_rows(post)).astype(d.dtype)
+                tiles.d[j] = (ds[j] * along_rows(post)).astype(tiles.d.dtype)
             mild_gradients(tiles, ds, post, scale, wait_values)
 
         @pl.when(mild < 0.5)
         def _exact():
-            exact_gradients(tiles, ds, total, scale, wait_values)
+            exact_gradients(make_tiles, ds, total, scale, wait_values)
 
         meet(s["gated"])
         # The other half of a mild chunk's decay, or all of another's.
         keep = jnp.exp(total * (1.0 - 0.5 * mild))
-        updates = [matmul([(tiles.q.T, do.at[j])]) for j in range(VALUE_BLOCKS)]
+        mine = [(warpgroup + zero) * share + j for j in range(share)]
+        key_blocks = range(blocks)
+        reads = [[(tiles.q.T, do.at[j])] for j in range(VALUE_BLOCKS)]
+        writes = [
+            [*((s["k"].at[slot, m], s["d"].at[m + zero, j]) for m in key_blocks)]
+            + [(s["scores"].at[m + zero].T, do.at[j]) for m in key_blocks]
+            for j in mine
+        ]
+        products = matmuls(*reads, *writes)
+        updates, dvs = products[:VALUE_BLOCKS], products[VALUE_BLOCKS:]
         ds = tuple((ds[j] * along_rows(keep) + updates[j]) * along_rows(post) for j in range(VALUE_BLOCKS))
-        mine = [own * share + j for j in range(share)]
-        dvs = []
-        for j in mine:
-            between = [(s["k"].at[slot, m], s["d"].at[m + zero, j]) for m in range(blocks)]
-            dvs.append(matmul([*between, *((s["scores"].at[m + zero].T, do.at[j]) for m in range(blocks))]))
         meet(s["multiplied"])
         for j, dv in zip(mine, dvs, strict=True):
             v[j] = dv.astype(v.dtype)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
-from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, matmul, write_triangle
+from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, write_triangle
 
 TILE = (CHUNK, CHUNK)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -37,6 +37,18 @@ def tile(shape, dtype):
 def numbers():
     """Row and column numbers of a [64, 64] tile in the accumulators' layout."""
     return tuple(plgpu.broadcasted_iota(jnp.int32, TILE, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+
+
+def matmuls(*sums):
+    """`matmul` for several sums at once, which wait for each other's end only."""
+
+    def run(*accumulators):
+        for accumulator, pairs in zip(accumulators, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+        return [accumulator[...] for accumulator in accumulators]
+
+    return pl.run_scoped(run, *[plgpu.ACC(TILE, jnp.float32)] * len(sums))
 
 
 def parts(config, value_parts):
@@ -158,7 +170,8 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
 
         plgpu.commit_smem_to_gmem_group()
         keep = along_rows(jnp.exp(total))
-        carry = tuple(carry[i] * keep + matmul([(k.T, s["v"].at[slot, i])]) for i in range(VALUE_BLOCKS))
+        updates = matmuls(*([(k.T, s["v"].at[slot, i])] for i in range(VALUE_BLOCKS)))
+        carry = tuple(carry[i] * keep + updates[i] for i in range(VALUE_BLOCKS))
         plgpu.barrier_arrive(s["free"].at[slot])
         return carry
 
