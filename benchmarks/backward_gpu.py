@@ -1,7 +1,7 @@
 """Checks and times the Mosaic GPU backward on one Hopper GPU. Each line is printed as it is known.
 
-    python benchmarks/backward_gpu.py                  # values, the same bits, then times: about two minutes
-    python benchmarks/backward_gpu.py check times
+    python -m benchmarks.backward_gpu                  # values, the same bits, then times: about two minutes
+    python -m benchmarks.backward_gpu check times
 
 Values: RMS(error) / RMS(reference) of every gradient against autodiff of the recurrence in float64. Milliseconds are
 medians of 5 repeats of 20 calls, of forward and backward, with and without the compiler's barriers in the backward.
@@ -15,7 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from op_gpu import inputs, milliseconds
+from benchmarks.op_gpu import inputs, milliseconds
 
 from gla_jax.pallas import forward
 from gla_jax.pallas.backward import Gradients, backward
