@@ -15,8 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.op_gpu import inputs, milliseconds
 
+from benchmarks.op_gpu import inputs, milliseconds
 from gla_jax.pallas import forward
 from gla_jax.pallas.backward import Gradients, backward
 from gla_jax.pallas.backward_config import choose_backward
