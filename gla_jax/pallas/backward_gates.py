@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
-from gla_jax.pallas.backward_states import COLUMNS, LAST, TILE, numbers
+from gla_jax.pallas.backward_states import COLUMNS, LAST, TILE, matmuls, numbers
 from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, matmul, write_triangle
 
 
@@ -129,9 +129,8 @@ def mild_gradients(t, ds, post, scale, wait_values):
     dq = matmul([*_reads(t), (t.scores, t.k)])
     z = load(t.q) * dq
     dq = (dq * (jnp.exp(e) * scale)).astype(t.state.dtype)
-    inside = matmul([(t.scores.T, t.q)])
+    inside, across = matmuls([(t.scores.T, t.q)], _writes(t))
     z -= load(t.k) * inside
-    across = matmul(_writes(t))
     dk = ((inside + across) * jnp.exp(-e)).astype(t.state.dtype)
     w = load(t.k) * across
     plgpu.commit_smem()
