@@ -56,3 +56,21 @@ def lower_for_h100(f, *args):
     """Lowers a function of arrays or ShapeDtypeStructs for an H100 that need not be there."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+def recurrence_gradients(q, k, v, g, scale, state, do, dfinal):
+    """Cotangents of q, k, v, g and the initial state in float64, token by token."""
+    q, k, v, g, state, do, ds = (np.asarray(x, np.float64) for x in (q, k, v, g, state, do, dfinal))
+    decay, group = np.exp(g), q.shape[2] // k.shape[2]
+    states = [state]
+    for i in range(q.shape[1]):
+        states.append(decay[:, i, :, :, None] * states[-1] + k[:, i, :, :, None] * v[:, i, :, None, :])
+    dq, dk, dv, dg = (np.zeros_like(x) for x in (q, k, v, g))
+    for i in reversed(range(q.shape[1])):
+        dq[:, i] = scale * np.einsum("bhv,bhkv->bhk", do[:, i], np.repeat(states[i + 1], group, 1))
+        reads = scale * np.einsum("bhk,bhv->bhkv", q[:, i], do[:, i])
+        ds = ds + reads.reshape(*k.shape[:1], k.shape[2], group, *reads.shape[2:]).sum(2)
+        dk[:, i], dv[:, i] = np.einsum("bhkv,bhv->bhk", ds, v[:, i]), np.einsum("bhkv,bhk->bhv", ds, k[:, i])
+        dg[:, i] = decay[:, i] * (states[i] * ds).sum(-1)
+        ds = decay[:, i, :, :, None] * ds
+    return dq, dk, dv, dg, ds

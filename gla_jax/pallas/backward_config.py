@@ -1,0 +1,73 @@
+"""Tuning of the backward's two kernels: rings of shared memory and registers."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from gla_jax.pallas.config import WIDTH
+
+# Tiles of 64 columns of v that a block takes.
+VALUE_BLOCKS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """One tuning of the backward, checked when built.
+
+    Attributes:
+      key_blocks: k / 64; in both kernels a warpgroup each computes, and one more moves data.
+      state_stages: chunks of k, v and g in shared memory, in the kernel that makes the states.
+      token_stages: chunks of q, k and g in shared memory, in the kernel that makes the gradients.
+      value_stages: the same of v, do and the states.
+      compute_registers, load_registers: a thread's, in each role of the second kernel.
+      mild: largest decay of a chunk, in nats, for the centred form.
+      auto_barriers: whether the compiler puts a barrier around each access of shared memory, besides the kernels' own.
+    """
+
+    key_blocks: int
+    state_stages: int
+    token_stages: int
+    value_stages: int
+    compute_registers: int
+    load_registers: int
+    mild: float = 96.0
+    auto_barriers: bool = True
+
+    def __post_init__(self):
+        if VALUE_BLOCKS % self.key_blocks:
+            raise ValueError(f"key_blocks={self.key_blocks} must divide the {VALUE_BLOCKS} blocks of v")
+        if self.value_stages > self.token_stages:
+            raise ValueError(f"value_stages={self.value_stages} must not exceed token_stages={self.token_stages}")
+        used = self.key_blocks * self.compute_registers + self.load_registers
+        if used > self.threads * self.launch_registers:
+            raise ValueError(f"{used} registers for {self.threads} warpgroups of {self.launch_registers}")
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups in a block."""
+        return self.key_blocks + 1
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers of each thread at launch."""
+        return min(248, 65536 // (128 * self.threads) // 8 * 8)
+
+    def action(self, registers: int) -> Literal["increase", "decrease"]:
+        """What `set_max_registers` has to be told for a role with this many."""
+        return "increase" if registers >= self.launch_registers else "decrease"
+
+
+_NARROW = BackwardConfig(
+    key_blocks=1, state_stages=4, token_stages=2, value_stages=2, compute_registers=240, load_registers=40
+)
+_WIDE = BackwardConfig(
+    key_blocks=2, state_stages=3, token_stages=2, value_stages=1, compute_registers=240, load_registers=24
+)
+
+
+def choose_backward(key_size: int, dtype: jnp.dtype) -> BackwardConfig:
+    """The tuning for keys of `key_size` channels."""
+    config = _NARROW if key_size <= WIDTH else _WIDE
+    # float16 ends at 65504: exp(mild / 2) times a key has to stay below.
+    return config if dtype == jnp.bfloat16 else dataclasses.replace(config, mild=8.0)

@@ -1,0 +1,184 @@
+"""The backward's first kernel: the state before every chunk, and the chunk's decay.
+
+One block carries 64 or 128 channels of k by 128 columns of v of one head's state over the sequence, a warpgroup each 64
+channels:
+
+    S_{n+1} = exp(B) S_n + (k exp(B - b_j))^T v
+
+with b_j the decay summed up to token j of the chunk, and B the chunk's. B - b_j is the sum of the gates after j, a
+product of g with a triangle of ones: every factor is at most 1, so this form is exact for every gate (held at -120,
+whose exponential is 0 in float32).
+
+What leaves is what backward_kernel.py multiplies with, in the inputs' dtype: exp(B/2) S_n if these 64 channels of the
+chunk are mild (no B under -mild), S_n if not. And a float32 a channel that says which, and B: 1 - B, at least 1, of
+mild ones, and B, at most 0, of others.
+"""
+
+import functools
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gla_jax.pallas.backward_config import VALUE_BLOCKS
+from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, write_triangle
+
+TILE = (CHUNK, CHUNK)
+ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+LAST = pl.ds(CHUNK - 8, 8)
+
+
+def tile(shape, dtype):
+    """Shared memory for tiles that TMA and wgmma take."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def numbers():
+    """Row and column numbers of a [64, 64] tile in the accumulators' layout."""
+    return tuple(plgpu.broadcasted_iota(jnp.int32, TILE, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+
+
+def matmul(pairs):
+    """The sum of the products of pairs of tiles, in float32."""
+    return matmuls(pairs)[0]
+
+
+def matmuls(*sums):
+    """`matmul` for several sums at once, which wait for each other's end only."""
+
+    def run(*accumulators):
+        for accumulator, pairs in zip(accumulators, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+        return [accumulator[...] for accumulator in accumulators]
+
+    return pl.run_scoped(run, *[plgpu.ACC(TILE, jnp.float32)] * len(sums))
+
+
+def parts(config, value_parts):
+    """Which part of k and of v a block has, and slices of its 64 channels and 64 columns by number."""
+    part = lax.axis_index("part")
+    key_part, value_part = lax.div(part, jnp.int32(value_parts)), lax.rem(part, jnp.int32(value_parts))
+    channels = lambda i: pl.ds((key_part * config.key_blocks + i) * CHUNK, CHUNK)
+    columns = lambda i: pl.ds((value_part * VALUE_BLOCKS + i) * CHUNK, CHUNK)
+    return key_part, value_part, channels, columns
+
+
+def scratch(config, dtype):
+    """Shared memory and barriers of one block, by name."""
+    blocks, stages = config.key_blocks, config.state_stages
+    return {
+        "k": tile((stages, blocks, *TILE), dtype),
+        "g": tile((stages, blocks, *TILE), dtype),
+        "v": tile((stages, VALUE_BLOCKS, *TILE), dtype),
+        "state": tile((blocks, VALUE_BLOCKS, *TILE), dtype),
+        "centre": tile((blocks, *TILE), dtype),
+        "after": tile((blocks, *TILE), dtype),
+        "decay": plgpu.SMEM((blocks, CHUNK), jnp.float32),
+        "row": plgpu.SMEM((blocks, CHUNK), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=2 * blocks + VALUE_BLOCKS, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=blocks, num_barriers=stages),
+    }
+
+
+def states_kernel(*refs, config, chunks, value_parts, has_initial):
+    """The body; refs are k, v, g, [initial state], states [b, hk, n, k, v], decay [b, hk, n, k], then the scratch."""
+    k, v, g, *initial, states, decay, s = refs
+    warpgroup = lax.axis_index("role")
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    _, value_part, channels, columns = parts(config, value_parts)
+
+    @pl.when(warpgroup < config.key_blocks)
+    def _compute():
+        mine = channels(warpgroup)
+        start = initial[0].at[batch, head, mine] if has_initial else None
+        _carry_states(
+            s,
+            warpgroup,
+            config,
+            chunks,
+            initial=None if start is None else [start.at[:, columns(i)] for i in range(VALUE_BLOCKS)],
+            states=lambda n, i: states.at[batch, head, n, mine, columns(i)],
+            decay=lambda n: decay.at[batch, head, n, mine],
+            writes_decay=value_part == 0,
+        )
+
+    @pl.when(warpgroup == config.key_blocks)
+    def _load():
+        def chunk(n, _):
+            slot = lax.rem(n, jnp.int32(config.state_stages))
+
+            @pl.when(n >= config.state_stages)
+            def _wait():
+                plgpu.barrier_wait(s["free"].at[slot])
+
+            tokens = pl.ds(n * CHUNK, CHUNK)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
+            for i in range(config.key_blocks):
+                copy(g.at[batch, tokens, head, channels(i)], s["g"].at[slot, i], s["loaded"].at[slot])
+                copy(k.at[batch, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
+            for i in range(VALUE_BLOCKS):
+                copy(v.at[batch, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
+        for n in range(max(0, chunks - config.state_stages), chunks):
+            plgpu.barrier_wait(s["free"].at[n % config.state_stages])
+
+
+def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, writes_decay):
+    centre, after, row = s["centre"].at[warpgroup], s["after"].at[warpgroup], s["row"].at[warpgroup]
+    copies, decays = s["state"].at[warpgroup], s["decay"].at[warpgroup]
+    rows, columns = numbers()
+    after[...] = jnp.where(columns > rows, 1.0, 0.0).astype(after.dtype)
+    write_triangle(centre)
+
+    def start(i):
+        if initial is None:
+            return plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), plgpu.Layout.WGMMA)
+        return plgpu.load(initial[i], layout=plgpu.Layout.WGMMA, optimized=False)
+
+    def products(g):
+        def run(sums, total):
+            plgpu.wgmma(sums, after, g)
+            plgpu.wgmma(total, g.T, centre.at[LAST].T)
+            # The last row of the triangle is all 1/2, and no gate is positive: the least is B/2.
+            return sums[...], 2.0 * jnp.min(total[...], axis=1)
+
+        return pl.run_scoped(run, plgpu.ACC(TILE, jnp.float32), plgpu.ACC((CHUNK, 8), jnp.float32))
+
+    def chunk(n, carry):
+        slot = lax.rem(n, jnp.int32(config.state_stages))
+        plgpu.barrier_wait(s["loaded"].at[slot])
+        g, k = s["g"].at[slot, warpgroup], s["k"].at[slot, warpgroup]
+        g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
+        plgpu.commit_smem()
+        sums, total = products(g)
+        k[...] = (load(k) * jnp.exp(sums)).astype(k.dtype)
+        row[...] = total
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
+        # Along the columns every warp has the whole row: no reduction across warps.
+        least = jnp.min(plgpu.layout_cast(row[...], COLUMNS))
+        mild = jnp.where(least >= -config.mild, 1.0, 0.0)
+        read = along_rows(jnp.exp(total * (0.5 * mild)))
+        for i in range(VALUE_BLOCKS):
+            copies[i] = (carry[i] * read).astype(copies.dtype)
+        decays[...] = total + mild * (1.0 - 2.0 * total)
+        plgpu.commit_smem()
+        for i in range(VALUE_BLOCKS):
+            plgpu.copy_smem_to_gmem(copies.at[i], states(n, i), commit_group=False)
+
+        @pl.when(writes_decay)
+        def _write():
+            plgpu.copy_smem_to_gmem(decays, decay(n), commit_group=False)
+
+        plgpu.commit_smem_to_gmem_group()
+        keep = along_rows(jnp.exp(total))
+        updates = matmuls(*([(k.T, s["v"].at[slot, i])] for i in range(VALUE_BLOCKS)))
+        carry = tuple(carry[i] * keep + updates[i] for i in range(VALUE_BLOCKS))
+        plgpu.barrier_arrive(s["free"].at[slot])
+        return carry
+
+    lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, tuple(start(i) for i in range(VALUE_BLOCKS)))
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,134 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gla_jax.pallas.backward import backward
+from gla_jax.pallas.backward_config import BackwardConfig, choose_backward
+
+from .small import GATES, arguments, lower_for_h100, recurrence_gradients, relative
+
+# b, t, h, hk, k, v: both tunings, tails of a chunk, padded k and v, grouped heads, parts of k and v.
+SHAPES = [(1, 70, 2, 1, 128, 128), (1, 130, 1, 1, 64, 64), (2, 20, 1, 1, 40, 24), (1, 70, 1, 1, 136, 136)]
+LARGE = [
+    (8, 2048, 16, 128, 128),
+    (2, 8192, 16, 64, 128),
+    (8, 2048, 4, 128, 256),
+    (2, 192, 2, 32, 64),
+    (8, 2048, 4, 256, 512),
+]
+# The gate's, and the others'. A gate's gradient vanishes under strong gates.
+TOLERANCE = {"bfloat16": (1.5e-2, 8e-3), "float16": (5e-3, 5e-3)}
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def interpreted(*args, **kwargs):
+    return backward(*args, **kwargs, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+
+def cotangents(v, heads, state, dtype, scale=1.0):
+    rng = np.random.default_rng(1)
+    do = scale * rng.standard_normal((*v.shape[:2], heads, v.shape[3]))
+    return jnp.asarray(do, dtype), jnp.asarray(scale * rng.standard_normal(state.shape), "float32")
+
+
+def check(run, kind, b, t, h, hk, k, v, dtype="bfloat16", scale=1.0, **kwargs):
+    q, key, value, g, state = arguments(kind, b, t, h, k, v, hk=hk, dtype=dtype, **kwargs)
+    do, dfinal = cotangents(value, h, state, dtype, scale)
+    got = run(q, key, value, g, k**-0.5, state, do, dfinal)
+    want = recurrence_gradients(q, key, value, g, k**-0.5, state, do, dfinal)
+    for x, like in zip(got, (q, key, value, g, state), strict=True):
+        assert x.dtype == like.dtype
+        assert x.shape == like.shape
+    of_gate, of_others = TOLERANCE[dtype]
+    errors = {name: relative(x, y) for name, x, y in zip(got._fields, got, want, strict=True)}
+    assert errors.pop("g") < of_gate
+    assert max(errors.values()) < of_others, errors
+    assert not np.any(np.asarray(got.g, np.float32)[np.isneginf(np.asarray(g, np.float32))])
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("mild", "mixed") else pytest.param(kind, marks=pytest.mark.large) for kind in GATES]
+)
+def test_every_gate_strength(kind):
+    check(interpreted, kind, *SHAPES[0])
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
+def test_shapes(kind, shape):
+    check(interpreted, kind, *shape)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["mild", "late"])
+def test_float16(kind):
+    check(interpreted, kind, 1, 70, 1, 1, 64, 64, dtype="float16")
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 2.0**-20), ("float16", 2.0**-8)])
+def test_small_cotangents_and_float32_gates(dtype, scale):
+    check(interpreted, "late", 1, 70, 1, 1, 64, 64, dtype=dtype, scale=scale, gate_dtype="float32")
+
+
+@pytest.mark.large
+def test_without_states():
+    q, k, v, g, state = arguments("mild", 1, 70, 1, 64, 64)
+    do, _ = cotangents(v, 1, state, "bfloat16")
+    got = interpreted(q, k, v, g, 1.0, None, do)
+    want = recurrence_gradients(q, k, v, g, 1.0, 0 * state, do, 0 * state)
+    assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
+
+
+@pytest.mark.large
+def test_without_the_compilers_barriers():
+    config = dataclasses.replace(choose_backward(128, jnp.dtype("bfloat16")), auto_barriers=False)
+    run = lambda *args: interpreted(*args, config=config)
+    check(run, "mixed", 1, 70, 1, 1, 128, 128)
+
+
+@pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float16", True)])
+@pytest.mark.parametrize("shape", [LARGE[0], *(pytest.param(x, marks=pytest.mark.large) for x in LARGE[1:])], ids=str)
+def test_lowers_for_an_h100(shape, dtype, states):
+    b, t, h, k, v = shape
+    wide, values = (jax.ShapeDtypeStruct((b, t, h, n), dtype) for n in (k, v))
+    state = jax.ShapeDtypeStruct((b, h, k, v), "float32") if states else None
+    f = lambda q, k, v, g, state, do: backward(q, k, v, g, 1.0, state, do, state)
+    lowered = lower_for_h100(f, wide, wide, values, wide, state, values)
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match="registers"):
+        BackwardConfig(2, 3, 2, 1, compute_registers=248, load_registers=40)
+    with pytest.raises(ValueError, match="must divide"):
+        BackwardConfig(3, 3, 2, 1, compute_registers=128, load_registers=24)
+    with pytest.raises(ValueError, match="token_stages"):
+        BackwardConfig(2, 3, 1, 2, compute_registers=128, load_registers=24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1000, 4, 2, 64, 128), (2, 300, 60, 60, 128, 256)], ids=str)
+@pytest.mark.parametrize("kind", GATES)
+def test_on_the_gpu(kind, shape, dtype):
+    check(jax.jit(backward, static_argnums=4), kind, *shape, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("auto_barriers", [True, False])
+@pytest.mark.parametrize("kind", GATES)
+def test_same_bits_from_run_to_run(kind, auto_barriers):
+    q, k, v, g, state = arguments(kind, 2, 1000, 60, 128, 128)
+    do, dfinal = cotangents(v, 60, state, "bfloat16")
+    config = dataclasses.replace(choose_backward(128, q.dtype), auto_barriers=auto_barriers)
+    run = jax.jit(lambda *args: backward(*args[:4], 1.0, *args[4:], config=config))
+    first = jax.device_get(run(q, k, v, g, state, do, dfinal))
+    for _ in range(50):
+        for x, y in zip(first, jax.device_get(run(q, k, v, g, state, do, dfinal)), strict=True):
+            np.testing.assert_array_equal(x, y)
