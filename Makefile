@@ -1,5 +1,5 @@
 # make train   learn to write Shakespeare, in about five minutes on two cores; FLAGS="--steps 3000" and others go along
-# make test    lint, types, tests and coverage; make test-all adds the largest cases
+# make test    lint, types, tests and coverage; make test-all adds the largest cases, and what is tried exhaustively
 # make format  what `make test` would complain about, as far as a tool can mend it
 
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FLAGS :=
 
-.PHONY: train test test-all large format
+.PHONY: train test test-all large exhaustive format
 
 train: $(READY)
 	@$(BIN)/gla-jax train $(FLAGS)
@@ -16,12 +16,15 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
-	$(BIN)/pytest -n 2 -m "not large and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/pytest -n 2 -m "not large and not exhaustive and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-test-all: test large
+test-all: test large exhaustive
 
 large: $(READY)
 	$(BIN)/pytest -n 2 -m "large and not gpu"
+
+exhaustive: $(READY)
+	$(BIN)/pytest -n 2 -m "exhaustive and not gpu"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -51,32 +51,32 @@ def check(run, kind, b, t, h, hk, k, v, dtype="bfloat16", scale=1.0, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("mild", "mixed") else pytest.param(kind, marks=pytest.mark.large) for kind in GATES]
+    "kind", [kind if kind in ("mild", "mixed") else pytest.param(kind, marks=pytest.mark.exhaustive) for kind in GATES]
 )
 def test_every_gate_strength(kind):
     check(interpreted, kind, *SHAPES[0])
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 @pytest.mark.parametrize("kind", ["mild", "mixed"])
 def test_shapes(kind, shape):
     check(interpreted, kind, *shape)
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["mild", "late"])
 def test_float16(kind):
     check(interpreted, kind, 1, 70, 1, 1, 64, 64, dtype="float16")
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 2.0**-20), ("float16", 2.0**-8)])
 def test_small_cotangents_and_float32_gates(dtype, scale):
     check(interpreted, "late", 1, 70, 1, 1, 64, 64, dtype=dtype, scale=scale, gate_dtype="float32")
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 def test_without_states():
     q, k, v, g, state = arguments("mild", 1, 70, 1, 64, 64)
     do, _ = cotangents(v, 1, state, "bfloat16")
@@ -85,7 +85,7 @@ def test_without_states():
     assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 def test_without_the_compilers_barriers():
     config = dataclasses.replace(choose_backward(128, jnp.dtype("bfloat16")), auto_barriers=False)
     run = lambda *args: interpreted(*args, config=config)
@@ -93,7 +93,9 @@ def test_without_the_compilers_barriers():
 
 
 @pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float16", True)])
-@pytest.mark.parametrize("shape", [LARGE[0], *(pytest.param(x, marks=pytest.mark.large) for x in LARGE[1:])], ids=str)
+@pytest.mark.parametrize(
+    "shape", [LARGE[0], *(pytest.param(x, marks=pytest.mark.exhaustive) for x in LARGE[1:])], ids=str
+)
 def test_lowers_for_an_h100(shape, dtype, states):
     b, t, h, k, v = shape
     wide, values = (jax.ShapeDtypeStruct((b, t, h, n), dtype) for n in (k, v))

@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, text):
     assert records(tmp_path) == records(one)
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 def test_fifty_kills_from_outside_at_random_moments(tmp_path, text):
     """Saves take most of the time here, so that many kills fall into one."""
     chance, kills = random.Random(1), 0

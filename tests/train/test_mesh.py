@@ -55,7 +55,7 @@ def one_device(**changes):
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [
-        pytest.param(*case, id=f"{case[0]} {case[1]}", marks=() if case in TELLING else pytest.mark.large)
+        pytest.param(*case, id=f"{case[0]} {case[1]}", marks=() if case in TELLING else pytest.mark.exhaustive)
         for case in itertools.product(SHAPES, ("auto", "explicit"))
     ],
 )
