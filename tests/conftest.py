@@ -3,6 +3,8 @@
 import os
 import sys
 
+import pytest
+
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 
@@ -12,3 +14,11 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     for (dtype, kind, quantity), ratio in sorted(cases.MEASURED.items()):
         terminalreporter.write_line(f"{dtype:9s} {kind:7s} {quantity:15s} {ratio:.1e}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_what_was_compiled():
+    """A process has room for so many compiled functions: past the system's limit of mappings, XLA aborts."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
