@@ -1,6 +1,7 @@
 """The command `gla-jax`: reads flags, calls the library, prints."""
 
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -202,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in kinds[1:]:
         union = union | kind
     about = "Gated Linear Attention: training, sampling, conversion and evaluation."
+    # What orbax cannot write it logs through absl, in a thousand lines; the command says it in one.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         config = tyro.cli(union, prog="gla-jax", description=about, args=arguments)
         command = next(run for kind, run, _ in COMMANDS.values() if kind is type(config))
