@@ -18,7 +18,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_what_was_compiled():
-    """A worker of the whole suite aborted inside XLA's compiler, as it does when a process is out of memory mappings."""
+    """A worker of the whole suite aborted inside XLA's compiler: a process has room for so many memory mappings."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
