@@ -78,8 +78,7 @@ def forward(
     """
     batch, time, heads, key_size = q.shape
     value_size = v.shape[-1]
-    by_channel = g is not None and g.ndim == 4
-    gate_parts = 0 if not by_channel else 1 if g.dtype == q.dtype else 2
+    gate_parts = 0 if g is None or g.ndim == 3 else 1 if g.dtype == q.dtype else 2
     chunks = pl.cdiv(time, CHUNK)
     config = config or choose_forward(key_size, value_size, batch * heads, chunks, q.dtype, gate_parts == 2)
     one_pass = isinstance(config, ForwardConfig)
@@ -87,14 +86,14 @@ def forward(
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
     widths = scan.key_blocks * WIDTH, -(-value_size // scan.value_width) * scan.value_width
-    g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if by_channel else _sums_of_chunks(g, k)
+    g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if gate_parts else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
     if initial_state is not None:
         initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
     run = _one_pass if one_pass else _two_passes
     o, state = run(q, k, v, g, scale, initial_state, output_final_state, config, chunks, gate_parts, interpret)
-    return o[:, :time, :, :value_size], state[:, :, :key_size, :value_size] if output_final_state else None
+    return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size]
 
 
 def _kernel(body, threads, scratch, out_type, grid, config, interpret, **options):

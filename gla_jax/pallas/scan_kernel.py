@@ -53,9 +53,7 @@ def scan_kernel(*refs, config, chunks, group, scale, reads, has_initial, has_fin
     s = refs.pop()
     gated, v = dict(zip(("q", "k", "scores", "kappa"), refs, strict=False)), refs[4]
     del refs[:5]
-    initial = refs.pop(0) if has_initial else None
-    o = refs.pop(0) if reads else None
-    final = refs.pop(0) if has_final else None
+    initial, o, final = (refs.pop(0) if there else None for there in (has_initial, reads, has_final))
     warpgroup = lax.axis_index("role")
     batch, head, part, split = (lax.axis_index(x) for x in ("batch", "head", "part", "split"))
     kv_head = lax.div(head, jnp.int32(group))
@@ -74,9 +72,9 @@ def scan_kernel(*refs, config, chunks, group, scale, reads, has_initial, has_fin
             chunks,
             scale,
             interpret,
-            initial=initial.at[batch, kv_head, split, columns] if has_initial else None,
-            final=final.at[batch, kv_head, split, columns] if has_final else None,
-            o=o.at[batch, :, head, columns] if reads else None,
+            initial=None if initial is None else initial.at[batch, kv_head, split, columns],
+            final=None if final is None else final.at[batch, kv_head, split, columns],
+            o=None if o is None else o.at[batch, :, head, columns],
             writes_final=lax.rem(head, jnp.int32(group)) == 0,
         )
 
@@ -156,8 +154,8 @@ def _carry(s, warpgroup, c, first, chunks, scale, interpret, *, initial, final, 
         slot = lax.rem(n, jnp.int32(c.slots)) + s["zero"][warpgroup, 0]
         plgpu.barrier_wait(s["loaded"].at[slot])
         value = s["v"].at[slot, warpgroup]
+        out = None if o is None else read(slot, value, states)
         if o is not None:
-            out = read(slot, value, states)
             pl.when(n > 0)(lambda: v_free(n - 1))
         new = []
         for i in range(c.key_blocks):
@@ -177,7 +175,7 @@ def _carry(s, warpgroup, c, first, chunks, scale, interpret, *, initial, final, 
                 new.append(kept + pl.run_scoped(fresh, _ACC))
             else:
                 new.append(pl.run_state(update)(plgpu.ACC.init(kept)))
-        if o is not None:
+        if out is not None:
             # It takes the place of v.
             value.T[...] = out
         # Loads may overwrite what was read before this barrier.
