@@ -109,6 +109,8 @@ def backward(
         scratch_types=[backward_states.scratch(config, dtype)],
     )
     states, decay = make_states(*padded[1:], *state(initial_state))
+    # A channel stands for the 64 of its block.
+    mild = jnp.all(decay[..., ::WIDTH] > 0.5, axis=2).astype(jnp.int32)
     of_keys = jax.ShapeDtypeStruct((value_parts, batch, rows, heads, keys), dtype)
     make_gradients = call(
         functools.partial(
@@ -130,7 +132,7 @@ def backward(
         grid=(batch, heads, key_parts * value_parts),
         scratch_types=[backward_kernel.scratch(config, dtype)],
     )
-    dq, dk, dv, dg, dinitial = make_gradients(*padded, tokens(do, values), states, decay, *state(dfinal))
+    dq, dk, dv, dg, dinitial = make_gradients(*padded, tokens(do, values), states, decay, mild, *state(dfinal))
 
     add = lambda x: x[0] if x.shape[0] == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
     share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
