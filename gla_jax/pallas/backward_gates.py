@@ -35,6 +35,8 @@ from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_states import COLUMNS, LAST, TILE, matmul, matmuls, numbers
 from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load
 
+LOG2_E = 1.4426950408889634
+
 
 class Tiles(NamedTuple):
     """Shared memory of one warpgroup's 64 channels of a chunk: [64, 64] tiles unless said.
@@ -129,9 +131,9 @@ def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
     half = 0.5 * total
     t.row[...] = half
     plgpu.commit_smem()
-    e = matmul([(t.lower, t.g)]) - _along_columns(t.row)
-    t.q[...] = (load(t.q) * (jnp.exp(e) * scale)).astype(t.q.dtype)
-    t.k[...] = (load(t.k) * jnp.exp(-e)).astype(t.k.dtype)
+    e = (matmul([(t.lower, t.g)]) - _along_columns(t.row)) * LOG2_E
+    t.q[...] = (load(t.q) * (jnp.exp2(e) * scale)).astype(t.q.dtype)
+    t.k[...] = (load(t.k) * jnp.exp2(-e)).astype(t.k.dtype)
     free_tokens()
     for i in range(VALUE_BLOCKS):
         t.d[i] = (ds[i] * along_rows(jnp.exp(half))).astype(t.d.dtype)
@@ -142,11 +144,11 @@ def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
 
     dq, inside = matmuls([*_reads(t), (t.scores, t.k)], [(t.scores.T, t.q)])
     z = load(t.q) * dq - load(t.k) * inside
-    dq = (dq * (jnp.exp(e) * scale)).astype(t.q.dtype)
+    dq = (dq * (jnp.exp2(e) * scale)).astype(t.q.dtype)
     across = matmul(_writes(t))
     w = (load(t.k) * across).astype(t.q.dtype)
     z -= w.astype(jnp.float32)
-    dk = ((inside + across) * jnp.exp(-e)).astype(t.k.dtype)
+    dk = ((inside + across) * jnp.exp2(-e)).astype(t.k.dtype)
     plgpu.commit_smem()
     _split(z, t.g, t.scores)
     t.state[0] = w

@@ -47,6 +47,7 @@ def scratch(config, dtype):
         "multiplied": plgpu.Barrier(num_arrivals=blocks),
         "tokens_free": plgpu.Barrier(num_arrivals=blocks, num_barriers=tokens),
         "values_free": plgpu.Barrier(num_arrivals=blocks, num_barriers=values),
+        "cotangents_free": plgpu.Barrier(num_arrivals=blocks, num_barriers=values),
     }
 
 
@@ -54,8 +55,9 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
     """The body; refs are q, k, v, g, do, states, decay, mild, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
 
     Everything is linear in the products over k and over v, so a block takes 64 or 128 channels and 128 columns. dq, dk
-    and dg are [value_parts, b, t, h, k], dv is [key_parts, b, t, h, v] and dinitial [b, h, k, v]: who calls adds up
-    parts, and query heads of a group. mild is [b, hk, k / 64] int32, 1 for channels that are mild in every chunk.
+    and dg are [value_parts, b, t, h, k], dv is [key_parts, b, t, h, v], and dfinal and dinitial are [b, h, k, v]: who
+    calls adds up parts, and query heads of a group. mild is [b, hk, k / 64] int32, 1 for channels that are mild in
+    every chunk.
     """
     q, k, v, g, do, states, decay, mild, *final, dq, dk, dv, dg, dinitial, s = refs
     warpgroup = lax.axis_index("role")
@@ -67,7 +69,7 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
 
     def walk(m, *, all_mild):
         own = channels(m)
-        state = lambda ref, i: ref.at[batch, kv_head, own, columns(i)]
+        state = lambda ref, i: ref.at[batch, head, own, columns(i)]
         _walk_back(
             s,
             m,
@@ -76,9 +78,7 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
             scale,
             all_mild,
             final=[state(final[0], i) for i in range(VALUE_BLOCKS)] if has_final else None,
-            # The query heads of a group share one state: its cotangent enters in the first.
-            enters=jnp.where(lax.rem(head, jnp.int32(group)) == 0, 1.0, 0.0),
-            initial=[dinitial.at[batch, head, own, columns(i)] for i in range(VALUE_BLOCKS)],
+            initial=[state(dinitial, i) for i in range(VALUE_BLOCKS)],
             by_channel=lambda i: [x.at[value_part, batch, tokens(i), head, own] for x in (dq, dk, dg)],
             by_column=lambda i, j: dv.at[key_part, batch, tokens(i), head, columns(j)],
         )
@@ -109,29 +109,35 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
             slot = lax.rem(i, jnp.int32(config.value_stages))
             loaded = s["values_loaded"].at[slot]
             for j in range(VALUE_BLOCKS):
-                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], loaded)
                 copy(v.at[batch, tokens(i), kv_head, columns(j)], s["v"].at[slot, j], loaded)
                 for m in range(blocks):
                     state = states.at[batch, kv_head, chunks - 1 - i, channels(m), columns(j)]
                     copy(state, s["state"].at[slot, m, j], loaded)
 
-        for i in range(min(chunks, config.token_stages)):
-            load_tokens(jnp.int32(i))
-            if i < config.value_stages:
-                load_values(jnp.int32(i))
+        def load_cotangents(i):
+            slot = lax.rem(i, jnp.int32(config.value_stages))
+            for j in range(VALUE_BLOCKS):
+                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], s["values_loaded"].at[slot])
+
+        # In the order in which places become free.
+        loads = (
+            ("values_free", config.value_stages, load_values),
+            ("cotangents_free", config.value_stages, load_cotangents),
+            ("tokens_free", config.token_stages, load_tokens),
+        )
+        for _, stages, fetch in reversed(loads):
+            for i in range(min(chunks, stages)):
+                fetch(jnp.int32(i))
 
         def chunk(i, _):
-            for name, stages, fetch in (
-                ("values_free", config.value_stages, load_values),
-                ("tokens_free", config.token_stages, load_tokens),
-            ):
+            for name, stages, fetch in loads:
                 plgpu.barrier_wait(s[name].at[lax.rem(i, jnp.int32(stages))])
                 pl.when(i + stages < chunks)(functools.partial(fetch, i + stages))
 
         lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
 
 
-def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, enters, initial, by_channel, by_column):
+def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, initial, by_channel, by_column):
     """The computing role, for 64 channels of k and its share of the columns of v."""
     blocks = config.key_blocks
     share = VALUE_BLOCKS // blocks
@@ -140,10 +146,9 @@ def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, enters, 
     def start(i):
         if final is None:
             return plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), plgpu.Layout.WGMMA)
-        return plgpu.load(final[i], layout=plgpu.Layout.WGMMA, optimized=False) * enters
+        return plgpu.load(final[i], layout=plgpu.Layout.WGMMA, optimized=False)
 
     def meet(barrier):
-        plgpu.commit_smem()
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
 
@@ -201,6 +206,9 @@ def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, enters, 
                 lambda: exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens),
             )
 
+        plgpu.commit_smem()
+        # dv goes over D, so that v and the state are done with.
+        plgpu.barrier_arrive(s["values_free"].at[places()[1]])
         meet(s["gated"])
         t = make_tiles()
         mine = [(warpgroup + t.zero) * share + j for j in range(share)]
@@ -213,8 +221,9 @@ def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, enters, 
         products = matmuls(*reads, *writes)
         updates, dvs = products[:VALUE_BLOCKS], products[VALUE_BLOCKS:]
         ds = tuple((ds[j] * along_rows(keep) + updates[j]) * along_rows(post) for j in range(VALUE_BLOCKS))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s["cotangents_free"].at[places()[1]])
         meet(s["multiplied"])
-        plgpu.barrier_arrive(s["values_free"].at[places()[1]])
         t.q[...] = dq
         t.k[...] = dk
         for j in range(share):
