@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients, write_lower
 from gla_jax.pallas.backward_states import ROWS, TILE, matmuls, parts, tile
-from gla_jax.pallas.gating import CHUNK, along_rows
+from gla_jax.pallas.gating import CHUNK, along_rows, nothing
 
 
 def scratch(config, dtype):
@@ -145,8 +145,9 @@ def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, initial,
 
     def start(i):
         if final is None:
-            return plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), plgpu.Layout.WGMMA)
-        return plgpu.load(final[i], layout=plgpu.Layout.WGMMA, optimized=False)
+            return nothing(jnp.float32)
+        # The sum varies over no axis of a shard_map, as what the loop makes of it; what is loaded may.
+        return nothing(jnp.float32) + plgpu.load(final[i], layout=plgpu.Layout.WGMMA, optimized=False)
 
     def meet(barrier):
         plgpu.barrier_arrive(barrier)

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
-from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, vector, write_triangle
+from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, nothing, vector, write_triangle
 
 TILE = (CHUNK, CHUNK)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -152,8 +152,9 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
 
     def start(i):
         if initial is None:
-            return plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), plgpu.Layout.WGMMA)
-        return plgpu.load(initial[i], layout=plgpu.Layout.WGMMA, optimized=False)
+            return nothing(jnp.float32)
+        # The sum varies over no axis of a shard_map, as what the loop makes of it; what is loaded may.
+        return nothing(jnp.float32) + plgpu.load(initial[i], layout=plgpu.Layout.WGMMA, optimized=False)
 
     def products(g):
         def run(sums, total):

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax import gated_linear_attention, pallas
 from gla_jax.pallas.backward import backward
-from gla_jax.pallas.backward_config import BackwardConfig, choose_backward
+from gla_jax.pallas.backward_config import BackwardConfig, choose_backward, choose_time_parts
 
 from .small import GATES, arguments, lower_for_h100, recurrence_gradients, relative
 
@@ -87,7 +87,8 @@ def test_without_states():
     assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
 
 
-@pytest.mark.parametrize("gate", ["a token", pytest.param("none", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("gate", ["a token", "none"])
 def test_a_gate_a_token_and_none(gate):
     q, k, v, g, state = arguments("mild", 1, 20, 1, 64, 64, gate_dtype="float32")
     g = g[..., 0] if gate == "a token" else None
@@ -104,7 +105,7 @@ def test_a_gate_a_token_and_none(gate):
     assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
 
 
-@pytest.mark.parametrize(("power", "kernels"), [(1, 3), (2, 4)])
+@pytest.mark.parametrize(("power", "kernels"), [(1, 3), pytest.param(2, 4, marks=pytest.mark.exhaustive)])
 def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch):
     """The forward's, once more only if its output is needed again, and two of the backward."""
     monkeypatch.setattr(pallas, "why_unsupported", functools.partial(pallas.why_unsupported, platform="hopper"))
@@ -121,10 +122,15 @@ def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch)
 
 
 @pytest.mark.exhaustive
-def test_without_the_compilers_barriers():
-    config = dataclasses.replace(choose_backward(128, jnp.dtype("bfloat16")), auto_barriers=False)
-    run = lambda *args: interpreted(*args, config=config)
-    check(run, "mixed", 1, 70, 1, 1, 128, 128)
+@pytest.mark.parametrize(("kind", "shape"), [("mild", SHAPES[1]), ("mixed", (2, 200, 2, 1, 128, 128))], ids=str)
+def test_a_sequence_in_parts(kind, shape):
+    config = dataclasses.replace(choose_backward(shape[4], jnp.dtype("bfloat16")), time_parts=2)
+    check(lambda *args: interpreted(*args, config=config), kind, *shape)
+
+
+def test_few_blocks_cut_the_sequence():
+    """132 multiprocessors, and no part under 8 chunks."""
+    assert [choose_time_parts(blocks, 128) for blocks in (4, 32, 64, 128, 256)] == [16, 4, 2, 1, 1]
 
 
 @pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float16", True)])
@@ -151,20 +157,18 @@ def test_config_is_checked():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1000, 4, 2, 64, 128), (2, 300, 60, 60, 128, 256)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1100, 4, 2, 64, 128), (2, 300, 60, 60, 128, 256)], ids=str)
 @pytest.mark.parametrize("kind", GATES)
 def test_on_the_gpu(kind, shape, dtype):
     check(jax.jit(backward, static_argnums=4), kind, *shape, dtype=dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("auto_barriers", [True, False])
 @pytest.mark.parametrize("kind", GATES)
-def test_same_bits_from_run_to_run(kind, auto_barriers):
+def test_same_bits_from_run_to_run(kind):
     q, k, v, g, state = arguments(kind, 2, 1000, 60, 128, 128)
     do, dfinal = cotangents(v, 60, state, "bfloat16")
-    config = dataclasses.replace(choose_backward(128, q.dtype), auto_barriers=auto_barriers)
-    run = jax.jit(lambda *args: backward(*args[:4], 1.0, *args[4:], config=config))
+    run = jax.jit(lambda *args: backward(*args[:4], 1.0, *args[4:]))
     first = jax.device_get(run(q, k, v, g, state, do, dfinal))
     for _ in range(50):
         for x, y in zip(first, jax.device_get(run(q, k, v, g, state, do, dfinal)), strict=True):
