@@ -133,7 +133,9 @@ def test_few_blocks_cut_the_sequence():
     assert [choose_time_parts(blocks, 128) for blocks in (4, 32, 64, 128, 256)] == [16, 4, 2, 1, 1]
 
 
-@pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float16", True)])
+@pytest.mark.parametrize(
+    ("dtype", "states"), [("bfloat16", True), pytest.param("float16", False, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize(
     "shape", [LARGE[0], *(pytest.param(x, marks=pytest.mark.exhaustive) for x in LARGE[1:])], ids=str
 )
