@@ -53,8 +53,8 @@ def test_shapes(kind, shape):
     check(interpreted, kind, *shape)
 
 
-@pytest.mark.parametrize("kind", ["mild", "mixed"])
-@pytest.mark.parametrize("k", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["mild", pytest.param("mixed", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("k", [64, 128, pytest.param(256, marks=pytest.mark.exhaustive)])
 def test_as_with_many_heads(kind, k, monkeypatch):
     """One pass for k up to 128, and two warpgroups with states."""
     monkeypatch.setattr("gla_jax.pallas.config._FULL", 1)
@@ -62,6 +62,7 @@ def test_as_with_many_heads(kind, k, monkeypatch):
     check(interpreted, kind, 1, 70, 2, 1, k, 128)
 
 
+@pytest.mark.exhaustive
 def test_split_sequences():
     """Of 17 chunks, two parts of 9 and 8."""
     check(interpreted, "late", 1, 1050, 2, 1, 64, 64)
