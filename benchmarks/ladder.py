@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.small_runs import Batch, fit, losses_and_hits, write
+from benchmarks.small_runs import Batch, Experiment, fit_all, losses_and_hits, write
 from gla_jax.nn import (
     CausalLMConfig,
     GatedLinearAttentionConfig,
@@ -83,13 +83,15 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         one = lambda start: losses_and_hits(model, windows(corpus.validation, start[None], length))[0]
         return jax.lax.map(one, starts).mean() / np.log(2)
 
-    results = {}
-    print("bits a byte of held-out text: mean and standard deviation over seeds")
-    for name in given.models:
+    def experiment(name):
         sizes = {"vocab_size": 256, "hidden_size": how["width"], "num_layers": how["layers"]}
         common: dict[str, Any] = {"mlp_size": 2 * how["width"], "tie_embeddings": True, "init_std": 0.05}
         config = CausalLMConfig(mixer=MODELS[name], implementation="xla", **sizes, **common)
-        found = fit(config, draw, bits, steps=how["steps"], rates=how["rates"], seeds=how["seeds"])
+        return Experiment(config, draw, bits, how["steps"], how["rates"], how["seeds"])
+
+    results = {}
+    print("bits a byte of held-out text: mean and standard deviation over seeds", flush=True)
+    for name, found in fit_all({name: experiment(name) for name in given.models}):
         results[name] = found.row()
         print(f"{name:15s} {found}", flush=True)
         write(given.out, "ladder", "bits a byte", how, results, claims(results))

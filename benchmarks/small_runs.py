@@ -3,10 +3,12 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -53,19 +55,49 @@ def losses_and_hits(model: CausalLM, batch: Batch) -> tuple[Any, Any]:
     return nats, jnp.argmax(logits, -1) == batch.labels
 
 
-def fit(
-    config: CausalLMConfig,
-    draw: Callable[[Any], Batch],
-    measure: Callable[[CausalLM], Any],
-    *,
-    steps: int,
-    rates: list[float],
-    seeds: int,
-) -> Fitted:
-    """Train a model for each rate and seed on `draw(key)` (the same batches for all models), then `measure` it.
+class Experiment(NamedTuple):
+    config: CausalLMConfig
+    draw: Callable[[Any], Batch]  # the batch of a key: the same for all models
+    measure: Callable[[CausalLM], Any]  # what is looked at once a model has been trained
+    steps: int
+    rates: list[float]
+    seeds: int
+
+
+def fit_all(experiments: dict[str, Experiment]) -> Iterator[tuple[str, Fitted]]:
+    """Each experiment's result as it comes; all are compiled at the same time, and run one after another."""
+    with ThreadPoolExecutor() as pool:
+        lowered = {name: lower(experiment) for name, experiment in experiments.items()}
+        compiled = {name: pool.submit(program.compile) for name, (program, _) in lowered.items()}
+        for name, experiment in experiments.items():
+            program = compiled[name].result()
+            began = time.perf_counter()
+            losses, measured = jax.device_get(program(*grid(experiment)))
+            seconds = time.perf_counter() - began
+            yield name, best(experiment, losses, measured, lowered[name][1], seconds)
+
+
+def grid(experiment: Experiment) -> tuple[Any, Any]:
+    """The learning rate and the seed of each run."""
+    rates, seeds = experiment.rates, experiment.seeds
+    return jnp.repeat(jnp.array(rates), seeds), jnp.tile(jnp.arange(seeds), len(rates))
+
+
+def best(experiment: Experiment, losses: Any, measured: Any, parameters: int, seconds: float) -> Fitted:
+    """The runs at the learning rate with the lowest mean loss over the last tenth of the steps."""
+    rates, seeds, steps = experiment.rates, experiment.seeds, experiment.steps
+    losses, measured = (np.asarray(x).reshape(len(rates), seeds, *x.shape[1:]) for x in (losses, measured))
+    last = np.nan_to_num(losses[:, :, -max(1, steps // 10) :].mean((1, 2)), nan=np.inf)
+    which = int(np.argmin(last))
+    return Fitted(rates[which], losses[which], measured[which], parameters, seconds)
+
+
+def lower(experiment: Experiment) -> tuple[Any, int]:
+    """The program that trains a model for each rate and seed and then measures it, and the model's parameters.
 
     AdamW (0.9, 0.95, weight decay 0.01), the gradient's norm clipped to 1, a tenth of warm-up, a cosine to a tenth.
     """
+    config, draw, measure, steps, *_ = experiment
 
     def make(seed):
         return CausalLM(config, rngs=nnx.Rngs(jax.random.key(seed)))
@@ -92,14 +124,8 @@ def fit(
         (params, _), values = jax.lax.scan(step, (params, adam.init(params)), jnp.arange(steps))
         return values, measure(nnx.merge(graphdef, params))
 
-    began = time.perf_counter()
-    grid = jnp.repeat(jnp.array(rates), seeds), jnp.tile(jnp.arange(seeds), len(rates))
-    out = jax.device_get(jax.jit(jax.vmap(lambda rate, seed: run(seed, rate)))(*grid))
-    losses, measured = (np.asarray(x).reshape(len(rates), seeds, *x.shape[1:]) for x in out)
-    last = np.nan_to_num(losses[:, :, -max(1, steps // 10) :].mean((1, 2)), nan=np.inf)
-    best = int(np.argmin(last))
-    size = sum(np.prod(p.shape) for p in jax.tree.leaves(shapes))
-    return Fitted(rates[best], losses[best], measured[best], int(size), time.perf_counter() - began)
+    size = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes))
+    return jax.jit(jax.vmap(lambda rate, seed: run(seed, rate))).lower(*grid(experiment)), size
 
 
 def write(
