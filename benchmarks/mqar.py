@@ -26,8 +26,8 @@ from gla_jax.nn import (
     SoftmaxAttentionConfig,
 )
 
-# Two heads for RetNet and GLA, as in the paper; Mamba without an MLP, as its authors have it. The other linear ones
-# have a short convolution as Mamba does, which the paper's do not: 100,000 sequences did not teach GLA without one to recall
+# Two heads for RetNet and GLA, as in the paper; Mamba without an MLP, as its authors have it. Unlike the paper's, the
+# other linear ones have a short convolution, as Mamba does: 100,000 sequences did not teach GLA without one to recall
 # (0.27 with 8 pairs in 64 tokens, where attention had 1.0 after half of them).
 LINEAR: dict[str, Any] = {"num_heads": 2, "conv_size": 4}
 MODELS: dict[str, dict[str, Any]] = {
