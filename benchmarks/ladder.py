@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 128,
         "layers": 4,
         "batch": 16,
-        "steps": 1200,
+        "steps": 800,
         "rates": [3e-3],
         "seeds": 3,
         "rows": 128,

@@ -40,12 +40,12 @@ MODELS: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"length": 32, "pairs": 2, "vocab": 16, "width": 16, "batch": 4, "steps": 3, "rates": [3e-3], "seeds": 1},
     "h100": {
-        "length": 128,
+        "length": 256,
         "pairs": 16,
         "vocab": 128,
         "width": 64,
-        "batch": 64,
-        "steps": 2000,
+        "batch": 32,
+        "steps": 1500,
         "rates": [2e-3, 6e-3],
         "seeds": 3,
     },

@@ -42,7 +42,20 @@ def experiment(record: dict):
     return figure
 
 
-KINDS = {"op": op, "mqar": experiment, "ladder": experiment}
+def extrapolation(record: dict):
+    """Bits a byte by place, with a line where training ended."""
+    how = record["settings"]
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    middles = (np.arange(how["buckets"]) + 0.5) * how["length"]
+    for name, row in record["results"].items():
+        axis.plot(middles, np.mean(row["measured"], 0), ".-", label=name)
+    axis.axvline(how["length"], color="grey", linestyle=":")
+    axis.set(xlabel="place", ylabel=record["quantity"])
+    axis.legend()
+    return figure
+
+
+KINDS = {"op": op, "mqar": experiment, "ladder": experiment, "extrapolation": extrapolation}
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -55,6 +55,23 @@ def losses_and_hits(model: CausalLM, batch: Batch) -> tuple[Any, Any]:
     return nats, jnp.argmax(logits, -1) == batch.labels
 
 
+def losses_in_pieces(model: CausalLM, batch: Batch, pieces: int) -> Any:
+    """Nats [b, t] of rows that are read piece by piece."""
+    if pieces == 1:
+        return losses_and_hits(model, batch)[0]
+    graphdef, params = nnx.split(model)
+    parts = [jnp.moveaxis(x.reshape(x.shape[0], pieces, -1), 1, 0) for x in (batch.tokens, batch.labels)]
+
+    def piece(cache, part):
+        tokens, labels = part
+        model = nnx.merge(graphdef, params)
+        hidden, cache = model.hidden_after(tokens, jax.lax.stop_gradient(cache))
+        return cache, optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
+
+    _, nats = jax.lax.scan(piece, model.init_cache(batch.tokens.shape[0]), tuple(parts))
+    return jnp.moveaxis(nats, 0, 1).reshape(batch.tokens.shape)
+
+
 class Experiment(NamedTuple):
     config: CausalLMConfig
     draw: Callable[[Any], Batch]  # the batch of a key: the same for all models
@@ -62,6 +79,7 @@ class Experiment(NamedTuple):
     steps: int
     rates: list[float]
     seeds: int
+    pieces: int = 1  # parts of a row in time: each starts from the state before it, and gradients stop there
 
 
 def fit_all(experiments: dict[str, Experiment]) -> Iterator[tuple[str, Fitted]]:
@@ -97,7 +115,7 @@ def lower(experiment: Experiment) -> tuple[Any, int]:
 
     AdamW (0.9, 0.95, weight decay 0.01), the gradient's norm clipped to 1, a tenth of warm-up, a cosine to a tenth.
     """
-    config, draw, measure, steps, *_ = experiment
+    config, draw, measure, steps, *_, pieces = experiment
 
     def make(seed):
         return CausalLM(config, rngs=nnx.Rngs(jax.random.key(seed)))
@@ -107,7 +125,7 @@ def lower(experiment: Experiment) -> tuple[Any, int]:
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), steps, 0.1)
 
     def loss(params, batch):
-        nats, _ = losses_and_hits(nnx.merge(graphdef, params), batch)
+        nats = losses_in_pieces(nnx.merge(graphdef, params), batch, pieces)
         return jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
 
     def run(seed, rate):

@@ -35,27 +35,62 @@ def op_table() -> str:
     return "\n".join(lines)
 
 
+def heading(record: dict) -> list[str]:
+    """How a record was made."""
+    how = record["settings"]
+    where = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {how['seeds']} seeds:"
+    return [where, "", ", ".join(f"{key} {value}" for key, value in how.items() if key != "seeds") + ".", ""]
+
+
+def ending(name: str, record: dict) -> list[str]:
+    """A record's plot, and what was seen of the paper's claims."""
+    plot = ["", f"```{{image}} plots/{name}.svg", f":alt: {record['what']}: {record['quantity']}", "```", ""]
+    return (
+        plot + [f"- {'Seen' if seen else '**Not seen**'}: {claim}." for claim, seen in record["claims"].items()] + [""]
+    )
+
+
 def experiment_table(what: str) -> str:
     """What was measured of every model of an experiment, and what was seen of the paper's ordering."""
     lines = []
     for name, record in records(what):
-        how, quantity = record["settings"], record["quantity"]
-        lines += [f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {how['seeds']} seeds:", ""]
-        lines += [", ".join(f"{key} {value}" for key, value in how.items() if key != "seeds") + ".", ""]
+        quantity = record["quantity"]
+        lines += heading(record)
         lines += [f"| model | {quantity} | learning rate | parameters |", "|---|---|---|---|"]
         for model, row in record["results"].items():
             measured = f"{np.mean(row['measured']):.3f} ± {np.std(row['measured']):.3f}"
             lines.append(f"| {model} | {measured} | {row['learning rate']:g} | {row['parameters']:,} |")
-        lines += [
-            "",
-            f"```{{image}} plots/{name}.svg",
-            f":alt: {quantity} of each model, and its training loss",
-            "```",
-            "",
-        ]
-        lines += [f"- {'Seen' if seen else '**Not seen**'}: {claim}." for claim, seen in record["claims"].items()]
-        lines.append("")
+        lines += ending(name, record)
     return "\n".join(lines) or "Not run yet.\n"
+
+
+def extrapolation_table() -> str:
+    """Bits a byte by bucket, and what was seen of the paper's figure."""
+    lines = []
+    for name, record in records("extrapolation"):
+        how = record["settings"]
+        lines += [
+            *heading(record),
+            "| model | " + " | ".join(places(how)) + " |",
+            "|---" * (len(places(how)) + 1) + "|",
+        ]
+        for model, row in record["results"].items():
+            mean = np.mean(row["measured"], 0)
+            lines.append(f"| {model} | " + " | ".join(f"{mean[i]:.3f}" for i in shown(how)) + " |")
+        lines += ending(name, record)
+    return "\n".join(lines) or "Not run yet.\n"
+
+
+def shown(how: dict) -> list[int]:
+    """Buckets 1, 2, 4, 8, ... and the last."""
+    return sorted(
+        {*(2**i - 1 for i in range(how["buckets"].bit_length())), how["buckets"] - 1} & set(range(how["buckets"]))
+    )
+
+
+def places(how: dict) -> list[str]:
+    """The first and last place of each bucket shown."""
+    return [f"{i * how['length']} to {(i + 1) * how['length'] - 1}" for i in shown(how)]
 
 
 def op_plots() -> str:
@@ -69,6 +104,7 @@ TABLES = {
     "op plots": op_plots,
     "mqar": lambda: experiment_table("mqar"),
     "ladder": lambda: experiment_table("ladder"),
+    "extrapolation": extrapolation_table,
 }
 
 

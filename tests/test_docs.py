@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gla_jax
-from benchmarks import ladder, mqar, plots, tables
+from benchmarks import extrapolation, ladder, mqar, plots, tables
 from gla_jax import interop, nn, pallas, train
 from gla_jax.nn.config import ModelConfig
 from gla_jax.nn.recurrent import MixerConfig
@@ -145,14 +145,24 @@ def test_claims_of_the_ladder_follow_the_paper():
     ]
 
 
+def test_claims_of_extrapolation_are_compared():
+    flat, rising = {"measured": [[2.0, 1.9, 2.0]]}, {"measured": [[2.0, 1.9, 2.2]]}
+    seen = extrapolation.claims({"GLA": flat, "GLA, truncated": rising, "RetNet": rising, "Transformer++": rising})
+    assert list(seen.values()) == [True, False, True, False]
+    assert list(extrapolation.claims({"Mamba": flat}).values()) == [True]
+    assert list(extrapolation.claims({"Mamba": {"measured": [[2.0, 1.9, 1.9]]}}).values()) == [False]
+
+
 @pytest.mark.large
-@pytest.mark.parametrize(("experiment", "model"), [(mqar, "GLA"), (ladder, "GLA, 4 heads")])
+@pytest.mark.parametrize(
+    ("experiment", "model"), [(mqar, "GLA"), (ladder, "GLA, 4 heads"), (extrapolation, "GLA, truncated")]
+)
 def test_experiments_run(experiment, model, tmp_path, monkeypatch):
     results = experiment.main(["--preset", "tiny", "--models", model, "--out", str(tmp_path / "out.json")])
     assert np.isfinite(results[model]["loss"]).all()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     name = experiment.__name__.rsplit(".", 1)[1]
-    assert model in tables.experiment_table(name)
+    assert f"| {model} |" in tables.TABLES[name]()
     assert [path.name for path in plots.draw(tmp_path)] == ["out.svg"]
 
 
