@@ -1,7 +1,8 @@
 """Multi-query associative recall (arXiv 2312.04927; figure 4 of arXiv 2312.06635), in minutes on one GPU.
 
     python -m benchmarks.mqar --out benchmarks/results/mqar-h100.json
-    python -m benchmarks.mqar --preset tiny                # a CPU, to see that it runs
+    python -m benchmarks.mqar --preset cpu --out benchmarks/results/mqar-cpu.json     # smaller, for two CPU cores
+    python -m benchmarks.mqar --preset tiny                                           # to see that it runs
 
 A sequence tells `pairs` keys with a value each, and asks for each key once, later: a power law says how much later. All
 models have two layers of one width and train on the same sequences, drawn anew each step; a model's learning rate is
@@ -39,6 +40,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"length": 32, "pairs": 2, "vocab": 16, "width": 16, "batch": 4, "steps": 3, "rates": [3e-3], "seeds": 1},
+    "cpu": {
+        "length": 128,
+        "pairs": 8,
+        "vocab": 64,
+        "width": 64,
+        "batch": 32,
+        "steps": 600,
+        "rates": [5e-3],
+        "seeds": 2,
+    },
     "h100": {
         "length": 256,
         "pairs": 16,

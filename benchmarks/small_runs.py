@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -84,7 +85,7 @@ class Experiment(NamedTuple):
 
 def fit_all(experiments: dict[str, Experiment]) -> Iterator[tuple[str, Fitted]]:
     """Each experiment's result as it comes; all are compiled at the same time, and run one after another."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         lowered = {name: lower(experiment) for name, experiment in experiments.items()}
         compiled = {name: pool.submit(program.compile) for name, (program, _) in lowered.items()}
         for name, experiment in experiments.items():
