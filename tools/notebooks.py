@@ -55,9 +55,12 @@ def run(path: pathlib.Path) -> Any:
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute(env=environment)
-    # Numbers that differ with every run, and the machine's own versions, are no part of a notebook.
+    # What is this machine's own is no part of a notebook.
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream":
+                output.text = output.text.replace(f"{ROOT}/", "")
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
 
