@@ -95,7 +95,7 @@ class GatedLinearAttention(ProjectedLayer):
         self.gate_up = linear(config.gate_low_rank, width, (None, "kv_heads"), bias=True, **weights)
         self._make_outputs(hidden_size, config, weights, norm_eps)
 
-    def _decay(self, x: Array, layer_input: Any = None) -> Array:
+    def decay(self, x: Array, layer_input: Any = None) -> Array:
         """Log decays [..., hk, k], float32 whatever the inputs: the decays of many tokens are added up."""
         low = self.gate_down(x)
         assert self.gate_up.bias is not None
@@ -157,5 +157,6 @@ class SimpleGatedLinearAttention(ProjectedLayer):
         self.gate = linear(hidden_size, self.num_kv_heads, ("embed", "kv_heads"), bias=True, **weights)
         self._make_outputs(hidden_size, config, weights, norm_eps)
 
-    def _decay(self, x: Array, layer_input: Any = None) -> Array:
+    def decay(self, x: Array, layer_input: Any = None) -> Array:
+        """Log decays [..., hk], float32."""
         return jax.nn.log_sigmoid(self.gate(x).astype(jnp.float32)) / self.gate_normalizer

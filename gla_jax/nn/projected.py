@@ -70,7 +70,7 @@ class ProjectedConfig(MixerConfig):
 class ProjectedLayer(RecurrentLayer):
     """q, k, v = x W_q, x W_k, x W_v into the op, and y = (swish(x W_r) * concat_heads(norm(o))) W_o out of it.
 
-    A kind of layer adds its gate: `_decay(x)`, log decays [..., hk * k] or [..., hk] or [hk], float32, or None.
+    A kind of layer adds its gate, `decay`. To try a gate of your own, subclass a layer and define it anew.
     """
 
     convolutions = ("q_conv", "k_conv", "v_conv")
@@ -109,7 +109,8 @@ class ProjectedLayer(RecurrentLayer):
             self.q_conv = conv(self.q_proj, "heads")
             self.k_conv, self.v_conv = conv(self.k_proj, "kv_heads"), conv(self.v_proj, "kv_heads")
 
-    def _decay(self, x: Array, layer_input: Any) -> Array | None:
+    def decay(self, x: Array, layer_input: Any) -> Array | None:
+        """Log decays of x [..., d]: [..., hk, k], [..., hk] or [hk], at most 0, float32; None for no decay."""
         raise NotImplementedError
 
     def _state_shape(self) -> tuple[int, int, int]:
@@ -123,7 +124,7 @@ class ProjectedLayer(RecurrentLayer):
         k, v = (streams[n].reshape(*x.shape[:-1], self.num_kv_heads, -1) for n in ("k_conv", "v_conv"))
         if self.feature_map in FEATURE_MAPS:
             q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
-        return {"q": q, "k": k, "v": v, "g": self._decay(x, layer_input)}
+        return {"q": q, "k": k, "v": v, "g": self.decay(x, layer_input)}
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
         y = (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)
