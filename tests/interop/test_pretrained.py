@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gla_jax.files import open_checkpoint
 from gla_jax.interop import CheckpointError, load_pretrained, save_pretrained
 from gla_jax.nn import (
     CausalLMConfig,
@@ -17,7 +18,6 @@ from gla_jax.nn import (
     SimpleGatedLinearAttention,
     SoftmaxAttentionConfig,
 )
-from gla_jax.safetensors import open_checkpoint
 from tests.nn.family import MIXERS
 from tests.nn.options import build, forward
 
@@ -77,7 +77,7 @@ def test_options_of_ours_are_kept():
 
 
 def test_the_old_layout_of_the_mlp_and_the_old_name_of_epsilon(tmp_path):
-    from gla_jax.safetensors import save_checkpoint
+    from gla_jax.files import save_checkpoint
 
     arrays = {name: np.asarray(tensor.read()) for name, tensor in open_checkpoint(DATA / "gla").items()}
     for layer in range(2):

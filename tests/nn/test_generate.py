@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gla_jax.files import CheckpointError
 from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, load_state, read_prompt, save_state, stream
 from gla_jax.nn.generate import _checked_draw, _checked_start, _checked_stops, _compiled, _generate, sample
-from gla_jax.safetensors import CheckpointError
 
 from .family import CONFIGS
 from .options import OPTIONS, build, forward, tokens
