@@ -26,6 +26,9 @@ MODELS = sorted(folder.name for folder in DATA.iterdir() if (folder / "config.js
 FUSED = ("gla", "gla_conv", "retnet")
 # Their code on a CPU in float32, from tools/make_family_fixtures.py.
 TOLERANCE = 1e-4
+HALF = ("float16", "bfloat16")
+# Those whose logits in half precision the normal suite looks at; the rest are `large`.
+NORMAL = ("gla_conv", "hgrn2", "rwkv6")
 
 
 def expected(name: str) -> dict[str, np.ndarray]:
@@ -48,6 +51,16 @@ def test_logits_are_theirs(name):
     logits = forward(model, jnp.asarray(want["tokens"], jnp.int32))
     assert np.abs(np.asarray(logits) - want["logits"]).max() < TOLERANCE
     assert rms_ratio(logits, want["logits"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", [n if n in NORMAL else pytest.param(n, marks=pytest.mark.large) for n in MODELS])
+def test_logits_in_half_precision_are_theirs_but_for_rounding(name):
+    want = expected(name)
+    tokens = jnp.asarray(want["tokens"], jnp.int32)
+    error = {t: rms_ratio(forward(load_pretrained(DATA / name, dtype=t), tokens), want["logits"]) for t in HALF}
+    assert error["float16"] < 1e-2
+    # Three bits less, in a sum of many roundings.
+    assert error["bfloat16"] < 2 * 8 * error["float16"]
 
 
 @pytest.mark.parametrize("name", MODELS)
