@@ -12,6 +12,8 @@ try:
     import tyro
 
     from gla_jax import interop
+    from gla_jax.nn import CausalLMConfig
+    from gla_jax.nn.config import MIXERS
     from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
     from gla_jax.train.corpus import DOCUMENT
     from gla_jax.train.processes import is_first
@@ -183,7 +185,11 @@ def _print_stream(pieces: Any) -> None:
 
 # Another command is another line here.
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
-    "train": (TrainConfig, _train, "Train a language model on text; with no flags, on Shakespeare."),
+    "train": (
+        TrainConfig,
+        _train,
+        "Train a language model on text; with no flags, on Shakespeare. --model.mixer NAME: of another layer than GLA.",
+    ),
     "tokenize": (TokenizeConfig, _tokenize, "Turn text into tokens once, for runs to train on."),
     "sample": (SampleConfig, _sample, "Continue a prompt with a trained model."),
     "convert": (ConvertConfig, _convert, "Write a model as safetensors that other libraries load."),
@@ -191,22 +197,55 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
 }
 
 
+def _parse(arguments: list[str], about: str) -> Any:
+    """The config that the arguments make, of a command's kind."""
+    arguments, model = _model_of(arguments)
+    default: dict[str, Any] = {"train": TrainConfig() if model is None else TrainConfig(model=model)}
+    kinds = [
+        Annotated[kind, tyro.conf.subcommand(name, description=text, default=default.get(name, tyro.MISSING_NONPROP))]
+        for name, (kind, _, text) in COMMANDS.items()
+    ]
+    union: Any = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    config = tyro.cli(union, prog="gla-jax", description=about, args=arguments)
+    if model is not None and isinstance(config, TrainConfig):
+        fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
+        config = dataclasses.replace(config, model=CausalLMConfig(**fields))
+    return config
+
+
+def _model_of(arguments: list[str]) -> tuple[list[str], Any]:
+    """The arguments without "--model.mixer NAME", and the model whose fields are flags then; None for GLA."""
+    for i, argument in enumerate(arguments):
+        flag, given, name = argument.partition("=")
+        if flag != "--model.mixer":
+            continue
+        rest = arguments[:i] + arguments[i + (1 if given else 2) :]
+        name = name if given else arguments[i + 1] if i + 1 < len(arguments) else ""
+        if name not in MIXERS:
+            raise InputError(f"argument --model.mixer: must be one of {', '.join(MIXERS)}, got {name!r}")
+        if name == "gla":
+            return rest, None
+        tiny = CausalLMConfig.tiny(name)
+        # Flags come of the types that fields are declared with.
+        kind: Any = dataclasses.make_dataclass(
+            "CausalLMConfig", [("mixer", MIXERS[name])], bases=(CausalLMConfig,), frozen=True, kw_only=True
+        )
+        return rest, kind(**{field.name: getattr(tiny, field.name) for field in dataclasses.fields(tiny)})
+    return arguments, None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, and return the exit status.
 
     0; 2 for unusable arguments or a full disk; 75 for a run that SIGTERM stopped; 130 when interrupted.
     """
-    kinds = [
-        Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, _, text) in COMMANDS.items()
-    ]
-    union: Any = kinds[0]
-    for kind in kinds[1:]:
-        union = union | kind
     about = "Gated Linear Attention: training, sampling, conversion and evaluation."
     # What orbax cannot write it logs through absl, in a thousand lines; the command says it in one.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        config = tyro.cli(union, prog="gla-jax", description=about, args=arguments)
+        config = _parse(list(sys.argv[1:] if arguments is None else arguments), about)
         command = next(run for kind, run, _ in COMMANDS.values() if kind is type(config))
         command(config)
     except ModuleNotFoundError as error:

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.block import Block
 from gla_jax.nn.config import NORMS, GLAConfig, ModelConfig
-from gla_jax.nn.recurrent import MixerConfig
-from gla_jax.nn.sharding import by_rows, embedding, gathered, linear, on_auto_axes, parameter
+from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer
+from gla_jax.nn.sharding import by_rows, dot, embedding, gathered, linear, on_auto_axes, parameter
+from gla_jax.step import Stacked
 
 __all__ = ["CausalLM", "GLAForCausalLM"]
 
@@ -113,7 +114,7 @@ class CausalLM(nnx.Module):
                 _whole(model.embed).embedding[...].T if model.lm_head is None else _whole(model.lm_head).kernel[...]
             )
             weight = weight.astype(hidden.dtype)
-            return by_rows(lambda rows: jnp.dot(rows, weight, preferred_element_type=jnp.float32), hidden)
+            return by_rows(lambda rows: dot(rows, weight, preferred_element_type=jnp.float32), hidden)
 
         return on_auto_axes(run, self, hidden, out_specs=_like(hidden))
 
@@ -172,10 +173,15 @@ class CausalLM(nnx.Module):
         def run(carry: tuple[Array, Any], turn: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], None]:
             (x, caches), (params, inputs, i), new = carry, turn, []
             for (graphdef, _), own_params, layer_input, cache in zip(split, params, inputs, caches, strict=True):
+                block = nnx.merge(graphdef, own_params)
                 own = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False), cache)
-                x, own = nnx.merge(graphdef, own_params).step(x, own, layer_input)
-                put = lambda c, n: jax.lax.dynamic_update_index_in_dim(c, n, i, 0)
-                new.append(jax.tree.map(put, cache, own))
+                if isinstance(block.mixer, RecurrentLayer):
+                    own["state"] = Stacked(cache["state"], i)
+                x, own = block.step(x, own, layer_input)
+                put = lambda n, c: (
+                    n.states if isinstance(n, Stacked) else jax.lax.dynamic_update_index_in_dim(c, n, i, 0)
+                )
+                new.append(jax.tree.map(put, own, cache, is_leaf=lambda n: isinstance(n, Stacked)))
             return (x, tuple(new)), None
 
         turns = tuple(params for _, params in split), self._layer_inputs(), jnp.arange(self._repeats())

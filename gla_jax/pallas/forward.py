@@ -39,13 +39,16 @@ def why_unsupported(
         return f"it takes k up to {LARGEST_KEY}, and k is {q.shape[-1]}"
     if own_states:
         return "it keeps one state a batch row, and cu_seqlens with states asks for one a sequence"
+    return why_no_hopper(platform)
+
+
+def why_no_hopper(platform: str | None = None) -> str | None:
+    """Says that the default device, or the platform given in its place, is no Hopper GPU; None if it is one."""
     if platform is None:
         default = jax.config.jax_default_device
         device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
         platform = "hopper" if getattr(device, "compute_capability", None) == "9.0" else device.platform
-    if platform != "hopper":
-        return f"it needs a Hopper GPU, and the device is {platform}"
-    return None
+    return None if platform == "hopper" else f"it needs a Hopper GPU, and the device is {platform}"
 
 
 def forward(

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from gla_jax.nn import GLAConfig
+from gla_jax.nn import CausalLMConfig, GLAConfig
+from gla_jax.nn.config import MIXERS, ModelConfig
 
 __all__ = ["InputError", "MeshConfig", "TrainConfig", "config_from_json", "config_to_json", "differences"]
 
@@ -49,8 +50,8 @@ class TrainConfig:
     """More data to train on, each PATH=WEIGHT against --data's weight of 1; what is held out is --data's."""
     pack: bool = False
     """Pack whole documents into rows, of which none sees another, in place of windows over all text."""
-    model: GLAConfig = dataclasses.field(default_factory=GLAConfig.tiny)
-    """The model; its vocabulary is the 256 bytes, or holds the tokenizer's."""
+    model: ModelConfig = dataclasses.field(default_factory=GLAConfig.tiny)
+    """The model, a GLAConfig or a CausalLMConfig; its vocabulary is the 256 bytes, or holds the tokenizer's."""
     steps: int = 2200
     """Optimizer steps in all."""
     batch: int = 4
@@ -160,11 +161,14 @@ class TrainConfig:
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values."""
-    fields = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()} | {
-        "mix": list(config.mix)
-    }
+    """The config as plain JSON values; each mixer of a CausalLMConfig has its name in MIXERS as its "kind"."""
+    fields: dict[str, Any] = dataclasses.asdict(config)
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    if isinstance(config.model, CausalLMConfig):
+        kinds = {kind: name for name, kind in MIXERS.items()}
+        mixers = [{"kind": kinds[type(mixer)], **mixer.options()} for mixer in config.model.mixers]
+        fields["model"]["mixer"] = mixers if isinstance(config.model.mixer, tuple) else mixers[0]
+    return fields | {"mix": list(config.mix)}
 
 
 def config_from_json(fields: dict[str, Any]) -> TrainConfig:
@@ -174,11 +178,23 @@ def config_from_json(fields: dict[str, Any]) -> TrainConfig:
     return TrainConfig(
         run=Path(fields.pop("run")),
         data=None if data is None else Path(data),
-        model=GLAConfig(**fields.pop("model")),
+        model=_model_from_json(fields.pop("model")),
         mesh=MeshConfig(**fields.pop("mesh", {})),
         mix=tuple(fields.pop("mix", ())),
         **fields,
     )
+
+
+def _model_from_json(fields: dict[str, Any]) -> ModelConfig:
+    def made(kind: str, **options: Any) -> Any:
+        return MIXERS[kind](**options)
+
+    if "mixer" not in fields:
+        return GLAConfig(**fields)
+    fields = dict(fields)
+    mixer = fields.pop("mixer")
+    mixer = made(**mixer) if isinstance(mixer, dict) else tuple(made(**one) for one in mixer)
+    return CausalLMConfig(mixer=mixer, **fields)
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, UInt
 
 from gla_jax.array_types import Array
-from gla_jax.nn import GLAForCausalLM, param_shardings
+from gla_jax.nn import CausalLM, param_shardings
 from gla_jax.segments import segment_starts
 from gla_jax.train.config import InputError, TrainConfig
 from gla_jax.train.data import Batch
@@ -86,8 +86,8 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     explicit = AxisType.Explicit in mesh.axis_types
     sequence_axis = "sequence" if mesh.shape["sequence"] > 1 else None
 
-    def make_model() -> GLAForCausalLM:
-        return GLAForCausalLM(config.model.replace(sequence_axis=sequence_axis), rngs=nnx.Rngs(config.seed))
+    def make_model() -> CausalLM:
+        return CausalLM(config.model.replace(sequence_axis=sequence_axis), rngs=nnx.Rngs(config.seed))
 
     graphdef, variables = nnx.split(nnx.eval_shape(make_model))
     optimizer, schedule = make_optimizer(config, variables), make_schedule(config)
@@ -167,11 +167,11 @@ def weighted_nats(
     return jnp.sum(losses if weights is None else losses * weights)
 
 
-def _nats(config: TrainConfig, model: GLAForCausalLM, batch: Batch) -> Array:
+def _nats(config: TrainConfig, model: CausalLM, batch: Batch) -> Array:
     return _nats_of(config, model, model.hidden(batch.inputs.astype(jnp.int32), batch.segment_ids), batch)
 
 
-def _nats_of(config: TrainConfig, model: GLAForCausalLM, hidden: Array, batch: Batch) -> Array:
+def _nats_of(config: TrainConfig, model: CausalLM, hidden: Array, batch: Batch) -> Array:
     """The weighted sum of nats from the last activations [b, t, d], config.loss_parts of the logits at a time."""
 
     @jax.checkpoint

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from gla_jax.nn import DEFAULT_RULES, GLAForCausalLM, create_sharded, param_shardings
+from gla_jax.nn.sharding import dot
 
 from .options import OPTIONS, build, forward, tokens
 
@@ -138,3 +139,15 @@ def test_time_sharded_over_an_axis(kind):
         )
     assert sent[0] == sent[1]
     assert any(kind == "collective-permute" for _, kind in sent[0])
+
+
+@pytest.mark.parametrize("rows", [16, 512, 5632])
+def test_a_single_row_s_product_on_a_gpu_is_the_product(rows, monkeypatch):
+    x, w = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate([(1, rows), (rows, 48)]))
+    want = jnp.dot(x, w, preferred_element_type=jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    made = dot(x, w, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(made, want, rtol=1e-4, atol=1e-3)
+    assert dot(x, w).dtype == jnp.bfloat16
+    assert "reduce_sum" in str(jax.make_jaxpr(dot)(x, w))
+    assert "reduce_sum" not in str(jax.make_jaxpr(dot)(jnp.tile(x, (2, 1)), w))
