@@ -16,20 +16,20 @@ from gla_jax.pallas.gating import CHUNK
 
 
 class Gradients(NamedTuple):
-    """Cotangents of the arguments of `gla_jax.pallas.forward`, of their shapes and dtypes; the state's in float32."""
+    """Cotangents of the arguments of `gla_jax.pallas.forward`, of their shapes and dtypes; None for one not given."""
 
     q: Array
     k: Array
     v: Array
-    g: Array
-    initial_state: Array
+    g: Array | None
+    initial_state: Array | None
 
 
 def backward(
     q: Query,
     k: Key,
     v: Value,
-    g: Gate,
+    g: Gate | None,
     scale: float,
     initial_state: State | None,
     do: Float[Array, "b t h v"],
@@ -54,7 +54,8 @@ def backward(
     Args:
       q: [b, t, h, k], bfloat16 or float16, any k.
       k, v: [b, t, hk, k] and [b, t, hk, v] of q's dtype.
-      g: log decay, [b, t, hk, k], at most 0; -inf is a hard reset, and its gradient 0. Float32 is rounded to q's dtype.
+      g: log decay, [b, t, hk] or [b, t, hk, k], at most 0; -inf is a hard reset, and its gradient 0. None for no decay.
+        Float32 is rounded to q's dtype: with decays off by G 2^-9, of exp(-G) no more than 2^-9 / e is lost.
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       do: cotangent of o, [b, t, h, v].
@@ -76,9 +77,12 @@ def backward(
         do = do.astype(jnp.float32) / factor
         dfinal = None if dfinal is None else dfinal / factor
 
+    gates = jnp.zeros(k.shape, dtype) if g is None else g
+    if gates.ndim == 3:
+        gates = jnp.broadcast_to(gates[..., None], k.shape)
     tokens = lambda x, size: _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
     state = lambda x: () if x is None else (_pad(x, (batch, kv_heads, keys, values)),)
-    padded = tokens(q, keys), tokens(k, keys), tokens(v, values), tokens(g, keys)
+    padded = tokens(q, keys), tokens(k, keys), tokens(v, values), tokens(gates, keys)
     call = functools.partial(
         plgpu.kernel,
         grid_names=("batch", "head", "part"),
@@ -131,12 +135,15 @@ def backward(
     add = lambda x: x[0] if x.shape[0] == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
     share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
     undo = lambda x, to: (x if factor is None else x.astype(jnp.float32) * factor).astype(to)
+    dg = None if g is None else share(add(dg), 2)[:, :time, :, :key_size]
+    if g is not None and g.ndim == 3:
+        dg = jnp.sum(dg, axis=-1, dtype=jnp.float32)
     return Gradients(
         undo(add(dq)[:, :time, :, :key_size], q.dtype),
         undo(share(add(dk), 2)[:, :time, :, :key_size], k.dtype),
         undo(share(add(dv), 2)[:, :time, :, :value_size], v.dtype),
-        undo(share(add(dg), 2)[:, :time, :, :key_size], g.dtype),
-        undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32),
+        None if dg is None else undo(dg, g.dtype),
+        None if initial_state is None else undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32),
     )
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gla_jax import gated_linear_attention, pallas
 from gla_jax.pallas.backward import backward
 from gla_jax.pallas.backward_config import BackwardConfig, choose_backward
 
@@ -83,6 +85,39 @@ def test_without_states():
     got = interpreted(q, k, v, g, 1.0, None, do)
     want = recurrence_gradients(q, k, v, g, 1.0, 0 * state, do, 0 * state)
     assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
+
+
+@pytest.mark.parametrize("gate", ["a token", pytest.param("none", marks=pytest.mark.exhaustive)])
+def test_a_gate_a_token_and_none(gate):
+    q, k, v, g, state = arguments("mild", 1, 20, 1, 64, 64, gate_dtype="float32")
+    g = g[..., 0] if gate == "a token" else None
+    do, dfinal = cotangents(v, 1, state, "bfloat16")
+    got = interpreted(q, k, v, g, 1.0, state, do, dfinal)
+    wide = jnp.zeros(k.shape) if g is None else jnp.broadcast_to(g[..., None], k.shape)
+    want = list(recurrence_gradients(q, k, v, wide, 1.0, state, do, dfinal))
+    if g is None:
+        assert got.g is None
+        assert max(relative(x, y) for x, y in zip(got, want, strict=True) if x is not None) < 8e-3
+        return
+    want[3] = want[3].sum(-1)
+    assert got.g.dtype == jnp.float32
+    assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
+
+
+@pytest.mark.parametrize(("power", "kernels"), [(1, 3), (2, 4)])
+def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch):
+    """The forward's, once more only if its output is needed again, and two of the backward."""
+    monkeypatch.setattr(pallas, "why_unsupported", functools.partial(pallas.why_unsupported, platform="hopper"))
+
+    monkeypatch.setattr("gla_jax.attention.runs_on_one_device", lambda q: True)
+
+    def loss(q, k, v, g):
+        o, _ = gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")
+        return (o.astype(jnp.float32) ** power).sum()
+
+    x = jax.ShapeDtypeStruct((1, 128, 1, 64), "bfloat16")
+    f = jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2, 3))
+    assert lower_for_h100(f, x, x, x, x).as_text().count("@mosaic_gpu") == kernels
 
 
 @pytest.mark.exhaustive
