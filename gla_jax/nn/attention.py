@@ -72,6 +72,8 @@ class GatedLinearAttention(ProjectedLayer):
       ValueError: naming an argument out of its range, or if heads do not divide the widths.
     """
 
+    decay_input = "gate_down"
+
     def __init__(
         self,
         hidden_size: int,
@@ -95,14 +97,13 @@ class GatedLinearAttention(ProjectedLayer):
         self.gate_up = linear(config.gate_low_rank, width, (None, "kv_heads"), bias=True, **weights)
         self._make_outputs(hidden_size, config, weights, norm_eps)
 
-    def _decay(self, x: Array, layer_input: Any = None) -> Array:
+    def _decay(self, low: Array, layer_input: Any = None) -> Array:
         """Log decays [..., hk, k], float32 whatever the inputs: the decays of many tokens are added up."""
-        low = self.gate_down(x)
         assert self.gate_up.bias is not None
         up, bias = self.gate_up.kernel[...].astype(low.dtype), self.gate_up.bias[...].astype(jnp.float32)
         g = jax.nn.log_sigmoid(jnp.dot(low, up, preferred_element_type=jnp.float32) + bias) / self.gate_normalizer
         g = g if self.gate_clamp is None else jnp.maximum(g, self.gate_clamp)
-        return g.reshape(*x.shape[:-1], self.num_kv_heads, self.head_k)
+        return g.reshape(*low.shape[:-1], self.num_kv_heads, self.head_k)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -242,7 +242,8 @@ class CausalLM(nnx.Module):
 
         params = tuple(params for _, params in split)
         inputs = (params, self._layer_inputs(), *per_layer)
-        return jax.lax.scan(turn, x, inputs, unroll=min(self.config.layer_unroll, self._repeats()))
+        # Under jit, turns that are written out share one trace and one lowering.
+        return jax.lax.scan(jax.jit(turn), x, inputs, unroll=min(self.config.layer_unroll, self._repeats()))
 
 
 class GLAForCausalLM(CausalLM):

@@ -12,7 +12,7 @@ from gla_jax.array_types import Array
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.norm import LayerNorm, RMSNorm
 from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer, check_common, head_width
-from gla_jax.nn.sharding import linear
+from gla_jax.nn.sharding import linear, side_by_side
 
 __all__ = ["FEATURE_MAPS", "OUTPUT_NORMS", "ProjectedConfig", "ProjectedLayer"]
 
@@ -74,6 +74,8 @@ class ProjectedLayer(RecurrentLayer):
     """
 
     convolutions = ("q_conv", "k_conv", "v_conv")
+    decay_input: ClassVar[str | None] = None
+    """Attribute of a linear layer whose output `_decay` takes in place of x."""
 
     def _make_inputs(self, hidden_size: int, config: ProjectedConfig, weights: dict, **checked: Any) -> None:
         self.implementation = check_common(hidden_size, init_std=weights["init_std"], **checked)
@@ -116,15 +118,20 @@ class ProjectedLayer(RecurrentLayer):
         return self.num_kv_heads, self.head_k, self.head_v
 
     def _streams(self, x: Array) -> dict[str, Array]:
-        return {"q_conv": self.q_proj(x), "k_conv": self.k_proj(x), "v_conv": self.v_proj(x)}
+        layers: dict[str, Any] = {"q_conv": self.q_proj, "k_conv": self.k_proj, "v_conv": self.v_proj}
+        layers["out_gate"] = self.out_gate
+        if self.decay_input is not None:
+            layers["decay"] = getattr(self, self.decay_input)
+        layers = {name: layer for name, layer in layers.items() if layer is not None}
+        return dict(zip(layers, side_by_side(list(layers.values()), x), strict=True))
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
         q = streams["q_conv"].reshape(*x.shape[:-1], self.num_heads, self.head_k)
         k, v = (streams[n].reshape(*x.shape[:-1], self.num_kv_heads, -1) for n in ("k_conv", "v_conv"))
         if self.feature_map in FEATURE_MAPS:
             q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
-        return {"q": q, "k": k, "v": v, "g": self._decay(x, layer_input)}
+        return {"q": q, "k": k, "v": v, "g": self._decay(streams.get("decay", x), layer_input)}
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
         y = (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)
-        return self.o_proj(y if self.out_gate is None else y * jax.nn.silu(self.out_gate(x)))
+        return self.o_proj(y if self.out_gate is None else y * jax.nn.silu(streams["out_gate"]))

@@ -189,11 +189,15 @@ def _kernels(profile: ProfileData, program: str) -> list[dict[str, Any]]:
 
 
 def _work(instruction: str, kernel: str, sources: dict[str, str]) -> tuple[str, str]:
-    """Which part of the model an instruction of the program is of, and what it does."""
-    source = sources.get(instruction, "")
-    part = next((name for name in SCOPES if f"/{name}/" in source or f"({name})/" in source), "other")
-    if re.search("nvjet|gemm|cutlass|xmma|dot", f"{kernel} {instruction}"):
+    """Which part of the model a kernel is of, and what it does.
+
+    A kernel that runs from a CUDA graph does not say which instruction it is; a fused one has the instruction's name.
+    """
+    source = sources.get(instruction) or sources.get(re.sub(r"_(\d+)$", r".\1", kernel)) or ""
+    part = next((name for name in SCOPES if f"/{name}/" in source or f"({name})/" in source), "all parts")
+    if re.search("nvjet|gemm|cutlass|xmma|splitK|dot", f"{kernel} {instruction}"):
         return part, "matrix products"
-    if "mosaic" in kernel or "mpmd_map" in f"{instruction} {source}":
-        return "op", "backward" if "transpose(" in source else "forward"
-    return part, "copies" if re.search("copy|Memcpy|memset", f"{kernel} {instruction}") else "elementwise"
+    if "mosaic" in kernel:
+        which = "backward" if "transpose(" in source else "forward"
+        return "op", which if source else "kernels"
+    return part, "copies" if re.search("copy|Memcpy|memset", f"{kernel} {instruction}", re.IGNORECASE) else "elementwise"

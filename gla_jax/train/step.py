@@ -31,6 +31,9 @@ SPIKE_AFTER, SPIKE_WEIGHT = 20, 0.05
 SCOPES = ("embed", "mixer", "mlp", "head", "optimizer")
 # Most bytes of float32 logits on a device at a time, if the config does not say in how many parts they come.
 HELD = 2**29
+# What XLA is told for NVIDIA GPUs; docs/performance.md has what each is worth. Matrix products as large as a model's are
+# cuBLAS' own ground, and those that share an input are not merged: cutting the product up again costs more than it saves.
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class Monitor(NamedTuple):
@@ -141,7 +144,8 @@ def make_program(config: TrainConfig, mesh: Mesh, model: ModelConfig | None = No
     def compiled(f: Callable, results: Any, **options: Any) -> Callable:
         if explicit:
             f = jax.sharding.auto_axes(f, out_sharding=results)
-        run = jax.jit(f, out_shardings=results, **options)
+        is_cuda = mesh.devices.flat[0].platform == "gpu"
+        run = jax.jit(f, out_shardings=results, compiler_options=GPU_OPTIONS if is_cuda else None, **options)
 
         @functools.wraps(run)
         def call(*arguments: Any) -> Any:

@@ -99,17 +99,18 @@ def test_short_convolutions_stand_before_the_feature_map():
     # With taps (0, 0, 1) the convolution is the identity, and only its silu is left.
     for conv in (layer.q_conv, layer.k_conv, layer.v_conv):
         conv.kernel[...] = jnp.zeros_like(conv.kernel[...]).at[-1].set(1)
-    q, k, v, g = bare._arguments({name: jax.nn.silu(p) for name, p in bare._streams(x).items()}, x, None, None).values()
+    streams = {name: jax.nn.silu(p) if "conv" in name else p for name, p in bare._streams(x).items()}
+    q, k, v, g = bare._arguments(streams, x, None, None).values()
     from gla_jax import gated_linear_attention
 
     o, _ = gated_linear_attention(q, k, v, g)
-    np.testing.assert_allclose(layer(x), bare._output(o, x, {}, {}), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer(x), bare._output(o, x, streams, {}), rtol=1e-5, atol=1e-6)
 
 
 def test_gates_are_float32_and_states_too():
     layer = GatedLinearAttention(24, dtype=jnp.bfloat16, gate_low_rank=5, conv_size=3, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 5, 24), jnp.bfloat16)
-    assert layer._decay(x).dtype == jnp.float32
+    assert layer._decay(layer.gate_down(x)).dtype == jnp.float32
     y, cache = layer.prefill(x, layer.init_cache(2))
     assert y.dtype == jnp.bfloat16
     assert cache["state"].dtype == jnp.float32

@@ -6,7 +6,7 @@ import pytest
 from gla_jax.train.config import MeshConfig
 from gla_jax.train.data import Batch
 from gla_jax.train.mesh import make_mesh
-from gla_jax.train.step import REASONS, Monitor, _judge, make_program
+from gla_jax.train.step import REASONS, Monitor, _fewest_parts, _judge, make_program
 
 from .small import MODEL, small
 
@@ -181,3 +181,10 @@ def test_packed_documents_learn_as_separate_rows():
         results.append(program.train(program.initialize(), program.place(batch))[1])
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-5)
+
+
+def test_logits_come_in_parts_of_half_a_gigabyte():
+    config = small("r", mesh=ONE)
+    assert _fewest_parts(config, (8, 2048), 256) == 1
+    assert _fewest_parts(config, (8, 2048), 32000) == 4
+    assert _fewest_parts(config, (1, 3), 10**9) == 3  # no less than a token
