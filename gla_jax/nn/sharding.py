@@ -84,8 +84,8 @@ def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
 def side_by_side(layers: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]:
     """layer(x) of each of the layers, for x [..., in]; of many rows on one device as one product of [in, all outs].
 
-    That product reads x once, and so do those of the gradients, which also sum up in float32 what is x's. For few rows, as
-    in decoding, the time is that of reading weights, and these would be copied.
+    That product reads x once, and so do those of the gradients, which also sum up in float32 what is x's. For few
+    rows, as in decoding, the time is that of reading weights, and these would be copied.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if x.size < MANY_ROWS * x.shape[-1] or not (mesh.empty or mesh.size == 1):

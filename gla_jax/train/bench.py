@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -46,7 +47,7 @@ class BenchTrainConfig:
     """Time the training step of a preset on random tokens, with AdamW, on one device."""
 
     preset: Literal["tiny", "340m", "1.3b", "transformer-340m", "transformer-1.3b"] = "340m"
-    """The model: GLA, or the Transformer++ of the same size."""
+    """The model: GLA, or the Transformer++ of the same size, on GPUs through cuDNN's attention."""
     batch: int = 8
     """Sequences a step."""
     length: int = 2048
@@ -83,15 +84,18 @@ class BenchTrainConfig:
         preset = PRESETS[self.preset]()
         unroll = self.layer_unroll or preset.num_layers
         options: dict[str, Any] = {"implementation": self.implementation, "remat": self.remat, "layer_unroll": unroll}
+        if isinstance(preset, CausalLMConfig) and jax.default_backend() == "gpu" and self.dtype == "bfloat16":
+            options["mixer"] = tuple(cast(Any, mixer).replace(kernel="cudnn") for mixer in preset.mixers)
         return preset.replace(dtype=self.dtype, **options)
 
 
 def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     """What a step takes, as one JSON record, which is also written to config.out.
 
-    "tokens_per_s" is of the median timing; "mfu_6n" is 6 times the number of parameters a token against the device's dense
-    bfloat16 peak, None where that is not known; "memory_gb" the most memory in use so far. With config.profile,
-    "kernels" has the device's milliseconds a step by part of the model and kind of work.
+    "tokens_per_s" is of the median timing; "mfu_6n" is 6 times the number of parameters a token against the device's
+    dense bfloat16 peak, None where that is not known; "memory_gb" the most memory in use so far; "op_kernels" how many
+    Mosaic GPU kernels the compiled step has. With config.profile, "kernels" has the device's milliseconds a step by
+    part of the model and kind of work.
 
     Raises:
       InputError: if config.out is in no folder.
@@ -143,14 +147,16 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
             with jax.profiler.trace(folder):
                 _steps(train, state, batch, PROFILED)
             (trace,) = Path(folder).rglob("*.xplane.pb")
-            record["kernels"] = _kernels(ProfileData.from_file(str(trace)), program_text)
+            with warnings.catch_warnings():  # jaxlib's own, of types without a module
+                warnings.simplefilter("ignore", DeprecationWarning)
+                record["kernels"] = _kernels(ProfileData.from_file(str(trace)), program_text)
     if config.out is not None:
         config.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
 def _steps(train: Callable, state: TrainState, batch: Any, count: int) -> tuple[TrainState, float]:
-    began = time.perf_counter()
+    began, metrics = time.perf_counter(), {}
     for _ in range(count):
         state, metrics = train(state, batch)
     loss = float(metrics["loss"])
@@ -200,4 +206,6 @@ def _work(instruction: str, kernel: str, sources: dict[str, str]) -> tuple[str, 
     if "mosaic" in kernel:
         which = "backward" if "transpose(" in source else "forward"
         return "op", which if source else "kernels"
-    return part, "copies" if re.search("copy|Memcpy|memset", f"{kernel} {instruction}", re.IGNORECASE) else "elementwise"
+    return part, "copies" if re.search(
+        "copy|Memcpy|memset", f"{kernel} {instruction}", re.IGNORECASE
+    ) else "elementwise"

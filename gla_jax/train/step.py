@@ -31,8 +31,8 @@ SPIKE_AFTER, SPIKE_WEIGHT = 20, 0.05
 SCOPES = ("embed", "mixer", "mlp", "head", "optimizer")
 # Most bytes of float32 logits on a device at a time, if the config does not say in how many parts they come.
 HELD = 2**29
-# What XLA is told for NVIDIA GPUs; docs/performance.md has what each is worth. Matrix products as large as a model's are
-# cuBLAS' own ground, and those that share an input are not merged: cutting the product up again costs more than it saves.
+# What XLA is told for GPUs (docs/performance.md): matrix products as large as a model's are cuBLAS' own ground, and
+# which of those that share an input are made one is for the layers to say.
 GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}
 
 

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gla_jax.nn import GatedLinearAttention, LayerNorm
+from gla_jax.nn.attention import _log_decay
 from gla_jax.nn.recurrent import check_common
 
 FEATURE_MAPS = {
@@ -171,3 +173,17 @@ def test_what_beartype_refuses_here_is_named_elsewhere():
     ):
         with pytest.raises(ValueError, match="^" + re.escape(says) + "$"):
             inspect.unwrap(check_common)(*arguments)
+
+
+def test_gradients_of_the_gate_are_those_of_its_equation():
+    keys = jax.random.split(jax.random.key(0), 4)
+    low, up = jax.random.normal(keys[0], (2, 7, 3)), 4 * jax.random.normal(keys[1], (3, 5))
+    bias, dg = jax.random.normal(keys[2], (5,)), jax.random.normal(keys[3], (2, 7, 5))
+    plain = lambda low, up, bias: jax.nn.log_sigmoid(low @ up + bias) / 16
+    found, wanted = (jax.vjp(f, low, up, bias)[1](dg) for f in (functools.partial(_log_decay, 16.0), plain))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    half = low.astype(jnp.bfloat16), up.astype(jnp.bfloat16), bias
+    rounded, _, _ = jax.vjp(functools.partial(_log_decay, 16.0), *half)[1](dg)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(jnp.float32), wanted[0], rtol=0.05, atol=0.02)

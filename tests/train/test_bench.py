@@ -20,8 +20,9 @@ def test_presets_compute_in_bfloat16_with_all_layers_written_out(preset):
 
 def test_a_record_says_what_was_timed_where_and_with_what(tmp_path, capsys):
     out = tmp_path / "train.json"
-    flags = ("--preset=tiny", "--batch=1", "--length=32", "--layer-unroll=1", "--steps=1", "--repeats=2", "--profile")
-    assert cli.main(["bench", "train", *flags, f"--out={out}"]) == 0
+    flags = ("--preset=tiny", "--batch=1", "--length=32", "--layer-unroll=1", "--steps=1", "--repeats=2")
+    # The op that compiles soonest.
+    assert cli.main(["bench", "train", *flags, "--implementation=reference", "--profile", f"--out={out}"]) == 0
     record = json.loads(out.read_text())
     assert record["parameters"] == 902_784
     assert record["device"] == "cpu"
@@ -38,9 +39,9 @@ def test_a_record_says_what_was_timed_where_and_with_what(tmp_path, capsys):
 
 
 def test_bad_values_are_named(tmp_path):
-    with pytest.raises(InputError, match="^argument --steps: must be at least 1, got 0$"):
+    with pytest.raises(InputError, match=r"^argument --steps: must be at least 1, got 0$"):
         dataclasses.replace(QUICK, steps=0)
-    with pytest.raises(InputError, match="^argument --loss-parts: must be at least 1 or None, got 0$"):
+    with pytest.raises(InputError, match=r"^argument --loss-parts: must be at least 1 or None, got 0$"):
         dataclasses.replace(QUICK, loss_parts=0)
-    with pytest.raises(InputError, match="^argument --out: .*nowhere is no folder$"):
+    with pytest.raises(InputError, match=r"^argument --out: .*nowhere is no folder$"):
         bench_train(dataclasses.replace(QUICK, out=tmp_path / "nowhere" / "x.json"))
