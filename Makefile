@@ -1,5 +1,6 @@
 # make train   learn to write Shakespeare, in about five minutes on two cores; FLAGS="--steps 3000" and others go along
 # make test    lint, types, tests and coverage; make test-all adds the largest cases, and what is tried exhaustively
+# make docs    the site, in docs/_build/html, with warnings as errors
 # make format  what `make test` would complain about, as far as a tool can mend it
 
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FLAGS :=
 
-.PHONY: train test test-all large exhaustive format
+.PHONY: train test test-all large exhaustive docs format
 
 train: $(READY)
 	@$(BIN)/gla-jax train $(FLAGS)
@@ -25,6 +26,9 @@ large: $(READY)
 
 exhaustive: $(READY)
 	$(BIN)/pytest -n 2 -m "exhaustive and not gpu"
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

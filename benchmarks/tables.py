@@ -1,17 +1,30 @@
-"""Writes the README's tables from benchmarks/results: `python benchmarks/tables.py` (a test checks that they agree)."""
+"""Writes the tables of the README and the docs from benchmarks/results: `python -m benchmarks.tables`.
+
+A table stands between `<!-- NAME, made by benchmarks/tables.py -->` and `<!-- end of NAME -->`; a test checks that
+pages and results agree.
+"""
 
 import json
 import pathlib
+import re
+
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
-BEGIN, END = "<!-- op timings, made by benchmarks/tables.py -->\n", "<!-- end of op timings -->\n"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/performance.md", "docs/experiments.md")
+
+
+def records(what: str) -> list[tuple[str, dict]]:
+    """Name and content of each committed result of one kind."""
+    found = ((path.stem, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json")))
+    return [(name, record) for name, record in found if record["what"] == what]
 
 
 def op_table() -> str:
-    """Milliseconds of every entry of every op-*.json, a section a device."""
+    """Milliseconds of every entry, a section a device."""
     lines = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("op-*.json")):
-        record = json.loads(path.read_text())
+    for _, record in records("op"):
         shape = ", ".join(map(str, record["shape_bthkv"]))
         where = f"{record['device']} ({record['machine']}), {record['dtype']}, (b, t, h, k, v) = ({shape})"
         lines += [f"{where}, jax {record['versions']['jax']}, {record['date'][:10]}:", ""]
@@ -22,13 +35,90 @@ def op_table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """The README with its table made anew."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{op_table()}\n{END}{after}"
+def heading(record: dict) -> list[str]:
+    """How a record was made."""
+    how = record["settings"]
+    where = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {how['seeds']} seeds:"
+    return [where, "", ", ".join(f"{key} {value}" for key, value in how.items() if key != "seeds") + ".", ""]
+
+
+def ending(name: str, record: dict) -> list[str]:
+    """A record's plot, and what was seen of the paper's claims."""
+    plot = ["", f"```{{image}} plots/{name}.svg", f":alt: {record['what']}: {record['quantity']}", "```", ""]
+    return (
+        plot + [f"- {'Seen' if seen else '**Not seen**'}: {claim}." for claim, seen in record["claims"].items()] + [""]
+    )
+
+
+def experiment_table(what: str) -> str:
+    """What was measured of every model of an experiment, and what was seen of the paper's ordering."""
+    lines = []
+    for name, record in records(what):
+        quantity = record["quantity"]
+        lines += heading(record)
+        lines += [f"| model | {quantity} | learning rate | parameters |", "|---|---|---|---|"]
+        for model, row in record["results"].items():
+            measured = f"{np.mean(row['measured']):.3f} ± {np.std(row['measured']):.3f}"
+            lines.append(f"| {model} | {measured} | {row['learning rate']:g} | {row['parameters']:,} |")
+        lines += ending(name, record)
+    return "\n".join(lines) or "Not run yet.\n"
+
+
+def extrapolation_table() -> str:
+    """Bits a byte by bucket, and what was seen of the paper's figure."""
+    lines = []
+    for name, record in records("extrapolation"):
+        how = record["settings"]
+        lines += [
+            *heading(record),
+            "| model | " + " | ".join(places(how)) + " |",
+            "|---" * (len(places(how)) + 1) + "|",
+        ]
+        for model, row in record["results"].items():
+            mean = np.mean(row["measured"], 0)
+            lines.append(f"| {model} | " + " | ".join(f"{mean[i]:.3f}" for i in shown(how)) + " |")
+        lines += ending(name, record)
+    return "\n".join(lines) or "Not run yet.\n"
+
+
+def shown(how: dict) -> list[int]:
+    """Buckets 1, 2, 4, 8, ... and the last."""
+    return sorted(
+        {*(2**i - 1 for i in range(how["buckets"].bit_length())), how["buckets"] - 1} & set(range(how["buckets"]))
+    )
+
+
+def places(how: dict) -> list[str]:
+    """The first and last place of each bucket shown."""
+    return [f"{i * how['length']} to {(i + 1) * how['length'] - 1}" for i in shown(how)]
+
+
+def op_plots() -> str:
+    """The plots of the same results, for pages of the site."""
+    shown = ((name, record["device"]) for name, record in records("op"))
+    return "\n".join(f"```{{image}} plots/{name}.svg\n:alt: Milliseconds on {device}\n```\n" for name, device in shown)
+
+
+TABLES = {
+    "op timings": op_table,
+    "op plots": op_plots,
+    "mqar": lambda: experiment_table("mqar"),
+    "ladder": lambda: experiment_table("ladder"),
+    "extrapolation": extrapolation_table,
+}
+
+
+def with_tables(page: str) -> str:
+    """The page with its tables made anew."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}, made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
+        if begin in page:
+            inside = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+            made = f"{begin}\n{table()}\n{end}"
+            page = inside.sub(lambda _, made=made: made, page)
+    return page
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    page.write_text(with_table(page.read_text()))
+    for name in PAGES:
+        (ROOT / name).write_text(with_tables((ROOT / name).read_text()))

@@ -1,12 +1,20 @@
 """Every Python block of the README and the docs runs, each page's blocks one after another."""
 
+import ast
+import inspect
+import itertools
 import pathlib
 import re
+import subprocess
+import sys
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks.tables import with_table
-from gla_jax import nn
+import gla_jax
+from benchmarks import extrapolation, ladder, mqar, plots, tables
+from gla_jax import interop, nn, pallas, train
 from gla_jax.nn.config import ModelConfig
 from gla_jax.nn.recurrent import MixerConfig
 from tools import layers_table
@@ -23,9 +31,11 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     exec(compile(code, str(page), "exec"), {})
 
 
-def test_readme_tables_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert with_table(readme) == readme
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_tables_are_those_of_the_results(name):
+    page = (ROOT / name).read_text()
+    assert "made by benchmarks/tables.py" in page
+    assert tables.with_tables(page) == page
 
 
 def test_the_table_of_layers_is_that_of_the_code():
@@ -39,3 +49,127 @@ def mixers():
     """The config of every layer that gla_jax.nn exports, but for the models'."""
     kinds = (getattr(nn, name) for name in nn.__all__)
     return [k for k in kinds if isinstance(k, type) and issubclass(k, MixerConfig) and not issubclass(k, ModelConfig)]
+
+
+PUBLIC = (gla_jax, nn, train, interop, pallas)
+
+
+@pytest.mark.parametrize("package", PUBLIC, ids=lambda package: package.__name__)
+def test_all_that_is_public_is_documented(package):
+    assert undocumented(package) == []
+
+
+def test_what_has_no_docstring_is_found():
+    class Silent:
+        def method(self):
+            pass
+
+    module = type(pathlib)("silent")
+    module.__all__, module.Silent = ["Silent"], Silent
+    assert undocumented(module) == ["silent.Silent", "silent.Silent.method"]
+
+
+def undocumented(package):
+    """Names of public things without a docstring: functions, classes, their methods, properties and fields."""
+    missing = []
+    for name in package.__all__:
+        thing = getattr(package, name)
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue  # values
+        if not vars(thing).get("__doc__") if inspect.isclass(thing) else not thing.__doc__:
+            missing.append(f"{package.__name__}.{name}")
+        if inspect.isclass(thing):
+            members = (n for n, member in vars(thing).items() if not n.startswith("_") and documents(member))
+            missing += [f"{package.__name__}.{name}.{n}" for n in members if not inspect.getdoc(getattr(thing, n))]
+            missing += [f"{package.__name__}.{name}.{n}" for n in fields(thing) if n not in described(thing)]
+    return missing
+
+
+def documents(member):
+    return inspect.isfunction(member) or isinstance(member, (property, classmethod, staticmethod))
+
+
+def fields(thing):
+    """Those that no base has; a base documents its own."""
+    inherited = {n for base in thing.__mro__[1:] for n in inspect.get_annotations(base)}
+    return [n for n in inspect.get_annotations(thing) if not n.startswith("_") and n not in inherited]
+
+
+def described(thing):
+    """Fields with a string of their own below them, or with their name in the class's docstring."""
+    module = ast.parse(pathlib.Path(inspect.getsourcefile(thing)).read_text())
+    body = next(n for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == thing.__name__).body
+    strings = {
+        first.target.id
+        for first, second in itertools.pairwise(body)
+        if isinstance(first, ast.AnnAssign) and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant)
+    }
+    return strings | set(re.findall(r"\w+", vars(thing).get("__doc__") or ""))
+
+
+def test_the_plots_are_drawn(tmp_path):
+    written = {path.stem for path in plots.draw(tmp_path)}
+    assert {"op-cpu", "op-xla-h100"} <= written
+    pages = "".join((ROOT / name).read_text() for name in tables.PAGES)
+    assert written == set(re.findall(r"plots/([\w-]+)\.svg", pages))
+
+
+def test_questions_of_mqar_have_the_answers_told():
+    batch = mqar.sequences(jax.random.key(0), length=64, pairs=8, vocab=32, batch=5)
+    tokens, labels, weights = (np.asarray(x) for x in batch)
+    assert weights.sum(1).tolist() == [8] * 5
+    for row in range(5):
+        told = dict(zip(tokens[row, :16:2], tokens[row, 1:16:2], strict=True))
+        asked = np.flatnonzero(weights[row])
+        assert len(told) == 8
+        assert asked.min() >= 16
+        assert sorted(tokens[row, asked]) == sorted(told)
+        assert [told[token] for token in tokens[row, asked]] == labels[row, asked].tolist()
+
+
+def test_claims_of_mqar_are_compared():
+    rows = {name: {"measured": [x]} for name, x in (("attention", 1.0), ("GLA", 0.7), ("RetNet", 0.8), ("Mamba", 0.5))}
+    seen = mqar.claims(rows)
+    assert seen.pop("GLA recalls more than RetNet") is False
+    assert len(seen) == 3
+    assert all(seen.values())
+    assert mqar.claims({"GLA": rows["GLA"]}) == {}
+
+
+def test_claims_of_the_ladder_follow_the_paper():
+    rows = {name: {"measured": [bits, bits]} for name, bits in ladder.PAPER.items()}
+    assert list(ladder.claims(rows).values()) == [True] * 5
+    rows["scalar gate"] = {"measured": [20.0]}
+    assert [claim for claim, seen in ladder.claims(rows).items() if not seen] == [
+        "scalar gate is better than constant decay"
+    ]
+
+
+def test_claims_of_extrapolation_are_compared():
+    flat, rising = {"measured": [[2.0, 1.9, 2.0]]}, {"measured": [[2.0, 1.9, 2.2]]}
+    seen = extrapolation.claims({"GLA": flat, "GLA, truncated": rising, "RetNet": rising, "Transformer++": rising})
+    assert list(seen.values()) == [True, False, True, False]
+    assert list(extrapolation.claims({"Mamba": flat}).values()) == [True]
+    assert list(extrapolation.claims({"Mamba": {"measured": [[2.0, 1.9, 1.9]]}}).values()) == [False]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("experiment", "model"), [(mqar, "GLA"), (ladder, "GLA, 4 heads"), (extrapolation, "GLA, truncated")]
+)
+def test_experiments_run(experiment, model, tmp_path, monkeypatch):
+    results = experiment.main(["--preset", "tiny", "--models", model, "--out", str(tmp_path / "out.json")])
+    assert np.isfinite(results[model]["loss"]).all()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    name = experiment.__name__.rsplit(".", 1)[1]
+    assert f"| {model} |" in tables.TABLES[name]()
+    assert [path.name for path in plots.draw(tmp_path)] == ["out.svg"]
+
+
+@pytest.mark.large
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api.html").exists()
+    assert "gated_linear_attention" in (tmp_path / "api.html").read_text()

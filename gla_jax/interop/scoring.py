@@ -19,16 +19,22 @@ class Likelihood(NamedTuple):
     """Of a continuation: the sum of its tokens' log-probabilities (nats), and whether each is the likeliest."""
 
     log_likelihood: float
+    """The sum."""
     greedy: bool
+    """Whether each is the likeliest."""
 
 
 class Bucket(NamedTuple):
     """Tokens at places start to stop of their documents: how many, and their mean negative log-likelihood (nats)."""
 
     start: int
+    """The first place."""
     stop: int
+    """The place after the last."""
     tokens: int
+    """How many tokens."""
     loss: float
+    """Their mean, in nats."""
 
     @property
     def perplexity(self) -> float:

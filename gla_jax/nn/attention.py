@@ -74,8 +74,6 @@ class GatedLinearAttention(ProjectedLayer):
       ValueError: naming an argument out of its range, or if heads do not divide the widths.
     """
 
-    decay_input = "gate_down"
-
     def __init__(
         self,
         hidden_size: int,
@@ -99,16 +97,24 @@ class GatedLinearAttention(ProjectedLayer):
         self.gate_up = linear(config.gate_low_rank, width, (None, "kv_heads"), bias=True, **weights)
         self._make_outputs(hidden_size, config, weights, norm_eps)
 
-    def _decay(self, x: Array, layer_input: Any = None) -> Array:
-        """Log decays [..., hk, k] from what gate_down makes of the layer's input.
+    def decay(self, x: Array, layer_input: Any = None) -> Array:
+        """Log decays [..., hk, k], float32 whatever the inputs: the decays of many tokens are added up."""
+        return self._decay_from(self.gate_down(x))
 
-        Float32 whatever the inputs: the decays of many tokens are added up.
-        """
+    def _streams(self, x: Array, **beside: nnx.Linear) -> dict[str, Array]:
+        # Another kind of decay may have no use for this.
+        own = type(self).decay is GatedLinearAttention.decay
+        return super()._streams(x, **({"low": self.gate_down} if own else {}), **beside)
+
+    def _gates(self, streams: dict[str, Array], x: Array, layer_input: Any) -> Array:
+        return self._decay_from(streams["low"]) if "low" in streams else self.decay(x, layer_input)
+
+    def _decay_from(self, low: Array) -> Array:
         assert self.gate_up.bias is not None
-        up, bias = self.gate_up.kernel[...].astype(x.dtype), self.gate_up.bias[...].astype(jnp.float32)
-        g = _log_decay(self.gate_normalizer, *vary_alike((x, up, bias)))
+        up, bias = self.gate_up.kernel[...].astype(low.dtype), self.gate_up.bias[...].astype(jnp.float32)
+        g = _log_decay(self.gate_normalizer, *vary_alike((low, up, bias)))
         g = g if self.gate_clamp is None else jnp.maximum(g, self.gate_clamp)
-        return g.reshape(*x.shape[:-1], self.num_kv_heads, self.head_k)
+        return g.reshape(*low.shape[:-1], self.num_kv_heads, self.head_k)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -189,5 +195,6 @@ class SimpleGatedLinearAttention(ProjectedLayer):
         self.gate = linear(hidden_size, self.num_kv_heads, ("embed", "kv_heads"), bias=True, **weights)
         self._make_outputs(hidden_size, config, weights, norm_eps)
 
-    def _decay(self, x: Array, layer_input: Any = None) -> Array:
+    def decay(self, x: Array, layer_input: Any = None) -> Array:
+        """Log decays [..., hk], float32."""
         return jax.nn.log_sigmoid(self.gate(x).astype(jnp.float32)) / self.gate_normalizer

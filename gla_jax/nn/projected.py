@@ -70,12 +70,10 @@ class ProjectedConfig(MixerConfig):
 class ProjectedLayer(RecurrentLayer):
     """q, k, v = x W_q, x W_k, x W_v into the op, and y = (swish(x W_r) * concat_heads(norm(o))) W_o out of it.
 
-    A kind of layer adds its gate: `_decay(x)`, log decays [..., hk * k] or [..., hk] or [hk], float32, or None.
+    A kind of layer adds its gate, `decay`. To try a gate of your own, subclass a layer and define it anew.
     """
 
     convolutions = ("q_conv", "k_conv", "v_conv")
-    decay_input: ClassVar[str | None] = None
-    """Attribute of a linear layer whose output `_decay` takes in place of x."""
 
     def _make_inputs(self, hidden_size: int, config: ProjectedConfig, weights: dict, **checked: Any) -> None:
         self.implementation = check_common(hidden_size, init_std=weights["init_std"], **checked)
@@ -111,18 +109,18 @@ class ProjectedLayer(RecurrentLayer):
             self.q_conv = conv(self.q_proj, "heads")
             self.k_conv, self.v_conv = conv(self.k_proj, "kv_heads"), conv(self.v_proj, "kv_heads")
 
-    def _decay(self, x: Array, layer_input: Any) -> Array | None:
+    def decay(self, x: Array, layer_input: Any) -> Array | None:
+        """Log decays of x [..., d]: [..., hk, k], [..., hk] or [hk], at most 0, float32; None for no decay."""
         raise NotImplementedError
 
     def _state_shape(self) -> tuple[int, int, int]:
         return self.num_kv_heads, self.head_k, self.head_v
 
-    def _streams(self, x: Array) -> dict[str, Array]:
-        layers: dict[str, Any] = {"q_conv": self.q_proj, "k_conv": self.k_proj, "v_conv": self.v_proj}
-        layers["out_gate"] = self.out_gate
-        if self.decay_input is not None:
-            layers["decay"] = getattr(self, self.decay_input)
-        layers = {name: layer for name, layer in layers.items() if layer is not None}
+    def _streams(self, x: Array, **beside: nnx.Linear) -> dict[str, Array]:
+        """What the projections make of x, and what the layers `beside` them make of it."""
+        layers: dict[str, Any] = {"q_conv": self.q_proj, "k_conv": self.k_proj, "v_conv": self.v_proj, **beside}
+        if self.out_gate is not None:
+            layers["out_gate"] = self.out_gate
         return dict(zip(layers, side_by_side(list(layers.values()), x), strict=True))
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
@@ -130,7 +128,10 @@ class ProjectedLayer(RecurrentLayer):
         k, v = (streams[n].reshape(*x.shape[:-1], self.num_kv_heads, -1) for n in ("k_conv", "v_conv"))
         if self.feature_map in FEATURE_MAPS:
             q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
-        return {"q": q, "k": k, "v": v, "g": self._decay(streams.get("decay", x), layer_input)}
+        return {"q": q, "k": k, "v": v, "g": self._gates(streams, x, layer_input)}
+
+    def _gates(self, streams: dict[str, Array], x: Array, layer_input: Any) -> Array | None:
+        return self.decay(x, layer_input)
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
         y = (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)

@@ -83,7 +83,8 @@ class Retention(ProjectedLayer):
             raise ValueError(f"expand_k: rotary embedding needs an even head width, got {self.head_k}")
         self._make_outputs(hidden_size, config, weights, norm_eps)
 
-    def _decay(self, x: Array, layer_input: Any = None) -> Array:
+    def decay(self, x: Array, layer_input: Any = None) -> Array:
+        """log gamma [hk]."""
         return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.num_kv_heads, dtype=jnp.float32))))
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
@@ -234,7 +235,8 @@ class LinearAttention(ProjectedLayer):
     def _state_shape(self) -> tuple[int, int, int]:
         return self.num_kv_heads, self.head_k, self.head_v + self.normalize
 
-    def _decay(self, x: Array, layer_input: Any = None) -> None:
+    def decay(self, x: Array, layer_input: Any = None) -> None:
+        """None: nothing is forgotten."""
         return None
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:

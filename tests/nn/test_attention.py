@@ -112,7 +112,7 @@ def test_short_convolutions_stand_before_the_feature_map():
 def test_gates_are_float32_and_states_too():
     layer = GatedLinearAttention(24, dtype=jnp.bfloat16, gate_low_rank=5, conv_size=3, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 5, 24), jnp.bfloat16)
-    assert layer._decay(layer.gate_down(x)).dtype == jnp.float32
+    assert layer.decay(x).dtype == jnp.float32
     y, cache = layer.prefill(x, layer.init_cache(2))
     assert y.dtype == jnp.bfloat16
     assert cache["state"].dtype == jnp.float32

@@ -1,0 +1,124 @@
+"""Length extrapolation (arXiv 2312.06635, figure 5) on Shakespeare: trained at one length, tested by place far beyond.
+
+    python -m benchmarks.extrapolation --out benchmarks/results/extrapolation-h100.json
+    python -m benchmarks.extrapolation --preset tiny       # a CPU, to see that it runs
+
+All models take the same bytes a step. "GLA, truncated" reads windows four times as long in four pieces, each from
+the state that the one before has left, without gradients through it. Measured are bits a byte of plays held out, by
+buckets of the training length, each row read once from its start.
+"""
+
+import argparse
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.ladder import windows
+from benchmarks.small_runs import Experiment, fit_all, losses_and_hits, write
+from gla_jax.nn import (
+    CausalLMConfig,
+    GatedLinearAttentionConfig,
+    MambaConfig,
+    RetentionConfig,
+    SoftmaxAttentionConfig,
+)
+from gla_jax.train import load_corpus
+
+GLA = GatedLinearAttentionConfig(num_heads=4)
+MODELS: dict[str, dict[str, Any]] = {
+    "GLA": {"mixer": GLA},
+    "GLA, truncated": {"mixer": GLA},
+    "RetNet": {"mixer": RetentionConfig(num_heads=4)},
+    "Transformer++": {"mixer": SoftmaxAttentionConfig(num_heads=4)},
+    "Mamba": {"mixer": MambaConfig(), "mlp": "none"},
+}
+PIECES = {"GLA, truncated": 4}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "length": 16,
+        "buckets": 4,
+        "width": 16,
+        "layers": 1,
+        "batch": 4,
+        "steps": 3,
+        "rates": [3e-3],
+        "seeds": 1,
+        "rows": 2,
+    },
+    "h100": {
+        "length": 256,
+        "buckets": 16,
+        "width": 128,
+        "layers": 4,
+        "batch": 32,
+        "steps": 1200,
+        "rates": [3e-3],
+        "seeds": 2,
+        "rows": 32,
+    },
+}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="h100")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--out", type=pathlib.Path)
+    given = parser.parse_args(arguments)
+    how, corpus = PRESETS[given.preset], load_corpus()
+    far = how["length"] * how["buckets"]
+
+    def by_place(model):
+        starts = jnp.linspace(0, len(corpus.validation) - far - 2, how["rows"]).astype(jnp.int32)
+        one = lambda start: losses_and_hits(model, windows(corpus.validation, start[None], far))[0]
+        nats = jax.lax.map(one, starts)
+        return nats.reshape(how["rows"], how["buckets"], how["length"]).mean((0, 2)) / np.log(2)
+
+    def experiment(name):
+        pieces = PIECES.get(name, 1)
+        length, rows = how["length"] * pieces, how["batch"] // pieces
+
+        def draw(key):
+            return windows(corpus.train, jax.random.randint(key, (rows,), 0, len(corpus.train) - length - 1), length)
+
+        sizes = {"vocab_size": 256, "hidden_size": how["width"], "num_layers": how["layers"]}
+        common: dict[str, Any] = {"mlp_size": 2 * how["width"], "tie_embeddings": True, "init_std": 0.05}
+        config = CausalLMConfig(**MODELS[name], implementation="xla", **sizes, **common)
+        return Experiment(config, draw, by_place, how["steps"], how["rates"], how["seeds"], pieces)
+
+    results = {}
+    print("bits a byte of held-out text, by buckets of the training length", flush=True)
+    for name, found in fit_all({name: experiment(name) for name in given.models}):
+        results[name] = found.row()
+        print(f"{name:15s}", " ".join(f"{bits:.3f}" for bits in found.measured.mean(0)), flush=True)
+        write(given.out, "extrapolation", "bits a byte", how, results, claims(results))
+    for claim, seen in claims(results).items():
+        print(f"{'seen' if seen else 'NOT seen'}: {claim}")
+    return results
+
+
+def claims(results: dict[str, dict]) -> dict[str, bool]:
+    """What the paper's figure says of these models, and whether it was seen."""
+    mean = {name: np.mean(row["measured"], 0) for name, row in results.items()}
+    found = {}
+    for name in ("GLA", "RetNet"):
+        if name in mean:
+            found[f"{name} holds to the last bucket (at most 1 % above its first)"] = (
+                mean[name][-1] <= 1.01 * mean[name][0]
+            )
+    for name in ("Transformer++", "Mamba"):
+        if name in mean:
+            found[f"{name} fails far out (at least 1 % above its best bucket)"] = (
+                mean[name][-1] >= 1.01 * mean[name].min()
+            )
+    if {"GLA", "GLA, truncated"} <= set(mean):
+        last = mean["GLA, truncated"][-1] <= mean["GLA"][-1]
+        found["truncated backpropagation is no worse than GLA in the last bucket"] = last
+    return {claim: bool(seen) for claim, seen in found.items()}
+
+
+if __name__ == "__main__":
+    main()

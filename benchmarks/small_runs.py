@@ -1,0 +1,168 @@
+"""Small models trained in one compiled program: every learning rate and seed of a model side by side, under vmap."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from gla_jax.nn import CausalLM, CausalLMConfig
+
+
+class Batch(NamedTuple):
+    tokens: Any  # [b, t]
+    labels: Any  # [b, t]
+    weights: Any  # [b, t], 0 where a label does not count
+
+
+class Fitted(NamedTuple):
+    rate: float  # the learning rate with the lowest mean loss over the last tenth of the steps
+    losses: np.ndarray  # [seeds, steps] at that rate
+    measured: np.ndarray  # [seeds, ...] at that rate: what `measure` has returned
+    parameters: int
+    seconds: float
+
+    def __str__(self) -> str:
+        spread = f"{self.measured.mean():.4f} +- {self.measured.std():.4f}"
+        return f"{spread}  rate {self.rate:g}, {self.parameters:,} parameters, {self.seconds:.0f} s"
+
+    def row(self) -> dict[str, Any]:
+        """What a record keeps: losses are means over seeds at about 50 of the steps."""
+        return {
+            "measured": self.measured.tolist(),
+            "learning rate": self.rate,
+            "parameters": self.parameters,
+            "seconds": round(self.seconds, 1),
+            "loss": self.losses.mean(0)[:: max(1, self.losses.shape[1] // 50)].tolist(),
+        }
+
+
+def losses_and_hits(model: CausalLM, batch: Batch) -> tuple[Any, Any]:
+    """Nats [b, t], and whether the likeliest token is the label's [b, t]."""
+    logits = model(batch.tokens)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return nats, jnp.argmax(logits, -1) == batch.labels
+
+
+def losses_in_pieces(model: CausalLM, batch: Batch, pieces: int) -> Any:
+    """Nats [b, t] of rows that are read piece by piece."""
+    if pieces == 1:
+        return losses_and_hits(model, batch)[0]
+    graphdef, params = nnx.split(model)
+    parts = [jnp.moveaxis(x.reshape(x.shape[0], pieces, -1), 1, 0) for x in (batch.tokens, batch.labels)]
+
+    def piece(cache, part):
+        tokens, labels = part
+        model = nnx.merge(graphdef, params)
+        hidden, cache = model.hidden_after(tokens, jax.lax.stop_gradient(cache))
+        return cache, optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
+
+    _, nats = jax.lax.scan(piece, model.init_cache(batch.tokens.shape[0]), tuple(parts))
+    return jnp.moveaxis(nats, 0, 1).reshape(batch.tokens.shape)
+
+
+class Experiment(NamedTuple):
+    config: CausalLMConfig
+    draw: Callable[[Any], Batch]  # the batch of a key: the same for all models
+    measure: Callable[[CausalLM], Any]  # what is looked at once a model has been trained
+    steps: int
+    rates: list[float]
+    seeds: int
+    pieces: int = 1  # parts of a row in time: each starts from the state before it, and gradients stop there
+
+
+def fit_all(experiments: dict[str, Experiment]) -> Iterator[tuple[str, Fitted]]:
+    """Each experiment's result as it comes; all are compiled at the same time, and run one after another."""
+    with ThreadPoolExecutor() as pool:
+        lowered = {name: lower(experiment) for name, experiment in experiments.items()}
+        compiled = {name: pool.submit(program.compile) for name, (program, _) in lowered.items()}
+        for name, experiment in experiments.items():
+            program = compiled[name].result()
+            began = time.perf_counter()
+            losses, measured = jax.device_get(program(*grid(experiment)))
+            seconds = time.perf_counter() - began
+            yield name, best(experiment, losses, measured, lowered[name][1], seconds)
+
+
+def grid(experiment: Experiment) -> tuple[Any, Any]:
+    """The learning rate and the seed of each run."""
+    rates, seeds = experiment.rates, experiment.seeds
+    return jnp.repeat(jnp.array(rates), seeds), jnp.tile(jnp.arange(seeds), len(rates))
+
+
+def best(experiment: Experiment, losses: Any, measured: Any, parameters: int, seconds: float) -> Fitted:
+    """The runs at the learning rate with the lowest mean loss over the last tenth of the steps."""
+    rates, seeds, steps = experiment.rates, experiment.seeds, experiment.steps
+    losses, measured = (np.asarray(x).reshape(len(rates), seeds, *x.shape[1:]) for x in (losses, measured))
+    last = np.nan_to_num(losses[:, :, -max(1, steps // 10) :].mean((1, 2)), nan=np.inf)
+    which = int(np.argmin(last))
+    return Fitted(rates[which], losses[which], measured[which], parameters, seconds)
+
+
+def lower(experiment: Experiment) -> tuple[Any, int]:
+    """The program that trains a model for each rate and seed and then measures it, and the model's parameters.
+
+    AdamW (0.9, 0.95, weight decay 0.01), the gradient's norm clipped to 1, a tenth of warm-up, a cosine to a tenth.
+    """
+    config, draw, measure, steps, *_, pieces = experiment
+
+    def make(seed):
+        return CausalLM(config, rngs=nnx.Rngs(jax.random.key(seed)))
+
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: make(0)))
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.95), optax.add_decayed_weights(0.01))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), steps, 0.1)
+
+    def loss(params, batch):
+        nats = losses_in_pieces(nnx.merge(graphdef, params), batch, pieces)
+        return jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
+
+    def run(seed, rate):
+        params = nnx.state(make(seed))
+
+        def step(carry, i):
+            params, moments = carry
+            batch = draw(jax.random.fold_in(jax.random.key(seed), i))
+            value, grads = jax.value_and_grad(loss)(params, batch)
+            updates, moments = adam.update(grads, moments, params)
+            params = jax.tree.map(lambda p, u: p - rate * schedule(i) * u, params, updates)
+            return (params, moments), value
+
+        (params, _), values = jax.lax.scan(step, (params, adam.init(params)), jnp.arange(steps))
+        return values, measure(nnx.merge(graphdef, params))
+
+    size = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes))
+    return jax.jit(jax.vmap(lambda rate, seed: run(seed, rate))).lower(*grid(experiment)), size
+
+
+def write(
+    out: pathlib.Path | None, what: str, quantity: str, settings: dict, results: dict, claims: dict[str, bool]
+) -> None:
+    """The record of an experiment, as JSON."""
+    if out is None:
+        return
+    record = {
+        "what": what,
+        "command": " ".join(["python", "-m", f"benchmarks.{what}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": str(jax.devices()[0].device_kind),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "quantity": quantity,
+        "settings": settings,
+        "results": results,
+        "claims": claims,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {out}")

@@ -1,0 +1,76 @@
+"""Runs the notebooks: each notebooks/*.py (the source, jupytext's percent format) becomes the .ipynb beside it.
+
+python tools/notebooks.py                  # all, with outputs; minutes
+python tools/notebooks.py 1_recurrence     # some, by the start of their names
+"""
+
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jupytext
+import nbclient
+import nbformat
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = ROOT / "notebooks"
+# Where the badges and the notebooks' first cells look for the library.
+REPOSITORY = "gla-jax/gla_jax"
+COLAB = "https://colab.research.google.com/github/" + REPOSITORY + "/blob/main/notebooks/{}.ipynb"
+LIMIT_S = 180
+
+
+def sources() -> list[pathlib.Path]:
+    """The notebooks' sources, by number."""
+    return sorted(FOLDER.glob("[0-9]_*.py"))
+
+
+def badge(path: pathlib.Path) -> str:
+    """What a notebook's first cell must hold, so that it opens in Colab."""
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB.format(path.stem)})"
+
+
+def cells(notebook: Any) -> list[tuple[str, str]]:
+    """Kind and text of each cell: what the two files of a pair must agree in."""
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def run(path: pathlib.Path) -> Any:
+    """The notebook with outputs, from a fresh process on as many devices as the machine has.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: a cell failed.
+      nbclient.exceptions.CellTimeoutError: a cell took more than LIMIT_S.
+    """
+    notebook: Any = jupytext.read(path)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=LIMIT_S,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(FOLDER)}},
+    )
+    client.execute(env=environment)
+    # Numbers that differ with every run, and the machine's own versions, are no part of a notebook.
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return notebook
+
+
+def main(starts: list[str]) -> None:
+    """Run the notebooks whose names start so (all, if none is given), and write them."""
+    for path in sources():
+        if starts and not any(path.stem.startswith(start) for start in starts):
+            continue
+        began = time.monotonic()
+        nbformat.write(run(path), path.with_suffix(".ipynb"))
+        print(f"{path.stem}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
