@@ -3,7 +3,7 @@
     python benchmarks/loss_curves.py --out benchmarks/results/loss-curves-h100.json
 
 Both take the same batches of the shipped corpus from the same initial parameters, with AdamW; float32 products are
-whole ("highest"). The end is the mean of the last 20 steps. --small tries it out on a CPU, through "xla" in both dtypes.
+whole ("highest"). The end is the mean of the last 20 steps. --small is for a CPU: "xla" in both dtypes.
 """
 
 import argparse

