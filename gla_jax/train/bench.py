@@ -205,7 +205,6 @@ def _work(instruction: str, kernel: str, sources: dict[str, str]) -> tuple[str, 
         return part, "matrix products"
     if "mosaic" in kernel:
         which = "backward" if "transpose(" in source else "forward"
-        return "op", which if source else "kernels"
-    return part, "copies" if re.search(
-        "copy|Memcpy|memset", f"{kernel} {instruction}", re.IGNORECASE
-    ) else "elementwise"
+        return "op", which if source else "forward and backward"
+    copies = re.search("copy|memset", f"{kernel} {instruction}", re.IGNORECASE)
+    return part, "copies" if copies else "elementwise"

@@ -5,7 +5,7 @@ import pytest
 
 from gla_jax import cli
 from gla_jax.train import InputError
-from gla_jax.train.bench import PRESETS, BenchTrainConfig, bench_train
+from gla_jax.train.bench import PRESETS, BenchTrainConfig, _work, bench_train
 
 QUICK = BenchTrainConfig(preset="tiny", batch=1, length=32, layer_unroll=1, steps=1, repeats=1)
 
@@ -36,6 +36,23 @@ def test_a_record_says_what_was_timed_where_and_with_what(tmp_path, capsys):
     assert "902,784 parameters, 1 x 32 tokens a step, on cpu" in printed
     assert f"{record['tokens_per_s']:,} tokens/s, " in printed
     assert f"written: {out}" in printed
+
+
+@pytest.mark.parametrize(
+    ("kernel", "found"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", ("all parts", "matrix products")),
+        ("anonymous_mosaic_gpu_kernel", ("op", "forward and backward")),
+        ("loop_add_fusion_3", ("mlp", "elementwise")),
+        ("input_reduce_fusion", ("optimizer", "elementwise")),
+        ("MemcpyD2D", ("all parts", "copies")),
+    ],
+)
+def test_kernels_from_a_cuda_graph_are_told_by_their_names(kernel, found):
+    sources = {"loop_add_fusion.3": "jit(train)/jvp()/jit(turn)/mlp/add", "input_reduce_fusion": "jit(x)/optimizer/add"}
+    assert _work("", kernel, sources) == found
+    sources = {"mpmd_map.2": "jit(train)/transpose(jvp())/mixer/mpmd_map"}
+    assert _work("mpmd_map.2", "mosaic_gpu_kernel", sources) == ("op", "backward")
 
 
 def test_bad_values_are_named(tmp_path):
