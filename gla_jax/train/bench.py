@@ -206,5 +206,5 @@ def _work(instruction: str, kernel: str, sources: dict[str, str]) -> tuple[str, 
     if "mosaic" in kernel:
         which = "backward" if "transpose(" in source else "forward"
         return "op", which if source else "forward and backward"
-    copies = re.search("copy|memset", f"{kernel} {instruction}", re.IGNORECASE)
+    copies = re.search("copy|memcpy|memset", f"{kernel} {instruction}", re.IGNORECASE)
     return part, "copies" if copies else "elementwise"
