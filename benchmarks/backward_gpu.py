@@ -79,6 +79,8 @@ def kernels(run, *args, runs=8):
         jax.block_until_ready(run(*args))
         jax.block_until_ready(run(*args))
         _, measured = profiler.measure(run, aggregate=False, iterations=runs)(*args)
+    if measured is None:
+        raise RuntimeError("the profiler saw no kernel")
     median = lambda x: sorted(x)[len(x) // 2]
     each = [(one[0][0], median([ms for _, ms in one])) for one in zip(*measured, strict=True)]
     total = median([sum(ms for _, ms in one) for one in measured])

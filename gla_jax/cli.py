@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ try:
     from gla_jax.nn import CausalLMConfig
     from gla_jax.nn.config import MIXERS
     from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
+    from gla_jax.train.bench import BenchTrainConfig, bench_train
     from gla_jax.train.corpus import DOCUMENT
     from gla_jax.train.processes import is_first
     from gla_jax.train.sampling import run_tokenizer
@@ -89,6 +91,30 @@ class EvalConfig:
     """Folder with tasks of your own."""
     limit: int | None = None
     """At most so many documents a task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOp:
+    """Time the op, by the repository's benchmarks/op.py."""
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Its own, after a "--"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchDecode(BenchOp):
+    """Time decoding, by the repository's benchmarks/decode.py."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Time training steps, the op, or decoding."""
+
+    what: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
+        | Annotated[BenchOp, tyro.conf.subcommand("op")]
+        | Annotated[BenchDecode, tyro.conf.subcommand("decode")]
+    ]
 
 
 def _train(config: TrainConfig) -> None:
@@ -173,6 +199,26 @@ def _eval(config: EvalConfig) -> None:
                 print(f"{task} {name}: {value}")
 
 
+def _bench(config: BenchConfig) -> None:
+    what = config.what
+    if isinstance(what, BenchOp):
+        name = "decode" if isinstance(what, BenchDecode) else "op"
+        script = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        if not script.exists():
+            raise InputError(f"argument {name}: there is no {script}; benchmarks come with the repository")
+        sys.argv = [str(script), *what.arguments]
+        runpy.run_path(str(script), run_name="__main__")
+        return
+    found = bench_train(what)
+    use = "" if found["mfu_6n"] is None else f", {100 * found['mfu_6n']:.1f} % of the device's peak (6 N a token)"
+    print(f"{found['parameters']:,} parameters, {what.batch} x {what.length} tokens a step, on {found['device']}")
+    print(f"{found['tokens_per_s']:,} tokens/s{use}, {found['memory_gb']} GB")
+    for row in found.get("kernels", ()):
+        print(f"{row['ms']:9.3f} ms {100 * row['share']:5.1f} %  {row['part']}, {row['work']}")
+    if what.out is not None:
+        print(f"written: {what.out}")
+
+
 def _is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
 
@@ -194,6 +240,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
     "sample": (SampleConfig, _sample, "Continue a prompt with a trained model."),
     "convert": (ConvertConfig, _convert, "Write a model as safetensors that other libraries load."),
     "eval": (EvalConfig, _eval, "Perplexity by place, and tasks of lm-evaluation-harness."),
+    "bench": (BenchConfig, _bench, "Time training steps, the op, or decoding."),
 }
 
 
@@ -241,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 2 for unusable arguments or a full disk; 75 for a run that SIGTERM stopped; 130 when interrupted.
     """
-    about = "Gated Linear Attention: training, sampling, conversion and evaluation."
+    about = "Gated Linear Attention: training, sampling, conversion, evaluation and timing."
     # What orbax cannot write it logs through absl, in a thousand lines; the command says it in one.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:

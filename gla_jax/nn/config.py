@@ -73,7 +73,8 @@ class ModelConfig(Checked):
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products), full (each block from its input)."""
     layer_unroll: int = 1
-    """Blocks written out in a turn of the loop over layers: more run faster on a CPU, and compile longer."""
+    """Blocks written out in a turn of the loop over layers: more run faster, as a loop copies what the backward needs
+    of each, and compile longer."""
     implementation: str | None = None
     """Of the op: None for the best there is, or a name (see gated_linear_attention)."""
     sequence_axis: str | None = None

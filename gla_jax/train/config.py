@@ -64,8 +64,8 @@ class TrainConfig:
     """Parts that a batch is cut into along its sequences, one after another on the devices, for less memory."""
     pieces: int = 1
     """Parts that a sequence is cut into in time: each starts from the state of the one before, and gradients stop."""
-    loss_parts: int = 1
-    """Parts of a sequence whose logits are held one after another: long ones have more of them than memory has room."""
+    loss_parts: int | None = None
+    """Parts of a sequence whose logits are held one after another; None for the fewest of half a gigabyte each."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: matrices orthogonalised, all else by AdamW. adamw: the paper's."""
     learning_rate: float = 4e-3
@@ -114,7 +114,6 @@ class TrainConfig:
             "length",
             "accumulate",
             "pieces",
-            "loss_parts",
             "eval_every",
             "save_every",
             "keep",
@@ -131,7 +130,8 @@ class TrainConfig:
             self._require(name, whole % getattr(self, name) == 0, f"a divisor of --{size} = {whole}")
         each = self.length // (self.pieces * self.mesh.sequence)
         divides = f"a divisor of --length / --pieces / --mesh.sequence = {each}"
-        self._require("loss_parts", each % self.loss_parts == 0, divides)
+        parts = self.loss_parts
+        self._require("loss_parts", parts is None or (parts >= 1 and each % parts == 0), f"None or {divides}")
         self._require("pieces", self.pieces == 1 or self.mesh.sequence == 1, "1 with --mesh.sequence above 1")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample", self.sample >= 0, "at least 0")
