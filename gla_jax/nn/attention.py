@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gla_jax.array_types import Array
-from gla_jax.attention import Implementation
 from gla_jax.mesh import vary_alike
 from gla_jax.nn.projected import ProjectedConfig, ProjectedLayer
+from gla_jax.nn.recurrent import Making
 from gla_jax.nn.sharding import linear
 
 __all__ = [
@@ -74,28 +74,17 @@ class GatedLinearAttention(ProjectedLayer):
       ValueError: naming an argument out of its range, or if heads do not divide the widths.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        sequence_axis: str | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = GatedLinearAttentionConfig(**options)
-        weights = {"init_std": init_std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    config_type = GatedLinearAttentionConfig
+
+    def __init__(self, hidden_size: int, *, sequence_axis: str | None = None, rngs: nnx.Rngs, **common: Any):
         self.sequence_axis = sequence_axis
-        self._make_inputs(hidden_size, config, weights, norm_eps=norm_eps, implementation=implementation)
+        super().__init__(hidden_size, rngs=rngs, **common)
+
+    def _make_gate(self, hidden_size: int, config: Any, making: Making) -> None:
         self.gate_normalizer, self.gate_clamp = config.gate_normalizer, config.gate_clamp
-        width = self.num_kv_heads * self.head_k
-        self.gate_down = linear(hidden_size, config.gate_low_rank, ("embed", None), **weights)
-        self.gate_up = linear(config.gate_low_rank, width, (None, "kv_heads"), bias=True, **weights)
-        self._make_outputs(hidden_size, config, weights, norm_eps)
+        rank, width = config.gate_low_rank, self.num_kv_heads * self.head_k
+        self.gate_down = linear(hidden_size, rank, ("embed", None), **making.weights)
+        self.gate_up = linear(rank, width, (None, "kv_heads"), bias=True, **making.weights)
 
     def decay(self, x: Array, layer_input: Any = None) -> Array:
         """Log decays [..., hk, k], float32 whatever the inputs: the decays of many tokens are added up."""
@@ -176,24 +165,11 @@ class SimpleGatedLinearAttention(ProjectedLayer):
     the fields of `SimpleGatedLinearAttentionConfig`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = SimpleGatedLinearAttentionConfig(**options)
-        weights = {"init_std": init_std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self._make_inputs(hidden_size, config, weights, norm_eps=norm_eps, implementation=implementation)
+    config_type = SimpleGatedLinearAttentionConfig
+
+    def _make_gate(self, hidden_size: int, config: Any, making: Making) -> None:
         self.gate_normalizer = config.gate_normalizer
-        self.gate = linear(hidden_size, self.num_kv_heads, ("embed", "kv_heads"), bias=True, **weights)
-        self._make_outputs(hidden_size, config, weights, norm_eps)
+        self.gate = linear(hidden_size, self.num_kv_heads, ("embed", "kv_heads"), bias=True, **making.weights)
 
     def decay(self, x: Array, layer_input: Any = None) -> Array:
         """Log decays [..., hk], float32."""

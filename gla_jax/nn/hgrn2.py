@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gla_jax.array_types import Array
-from gla_jax.attention import Implementation
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.norm import RMSNorm
-from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer, check_common, head_width
+from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear
 
 __all__ = ["HGRN2", "HGRN2Config"]
@@ -58,26 +57,14 @@ class HGRN2(RecurrentLayer):
 
     convolutions = ("q_conv", "f_conv", "v_conv")
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = HGRN2Config(**options)
-        self.implementation = check_common(hidden_size, norm_eps, init_std, implementation)
+    config_type = HGRN2Config
+
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
         if hidden_size % config.expand_ratio:
             raise ValueError(f"expand_ratio: must divide hidden_size = {hidden_size}, got {config.expand_ratio}")
         self.num_heads, self.head_k = hidden_size // config.expand_ratio, config.expand_ratio
         self.head_v = head_width("expand_ratio", hidden_size, 1.0, self.num_heads)
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        weights = {"init_std": init_std, **common}
+        common, weights = making.parts, making.weights
         self.q_proj = linear(hidden_size, hidden_size, ("embed", "heads"), **weights)
         self.f_proj = linear(hidden_size, hidden_size, ("embed", "heads"), **weights)
         self.v_proj = linear(hidden_size, hidden_size, ("embed", "heads"), **weights)
@@ -85,7 +72,7 @@ class HGRN2(RecurrentLayer):
         self.o_norm = RMSNorm(hidden_size, eps=config.output_norm_eps, **common)
         self.q_conv = self.f_conv = self.v_conv = nnx.data(None)
         if config.conv_size:
-            conv = {"bias": config.conv_bias, "activation": False, **common}
+            conv: dict[str, Any] = {"bias": config.conv_bias, "activation": False, **common}
             self.q_conv = ShortConvolution(hidden_size, config.conv_size, **conv)
             self.f_conv = ShortConvolution(hidden_size, config.conv_size, **conv)
             self.v_conv = ShortConvolution(hidden_size, config.conv_size, **conv)

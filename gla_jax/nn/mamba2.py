@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gla_jax.array_types import Array
-from gla_jax.attention import Implementation
 from gla_jax.nn.conv import ShortConvolution
-from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer, check_common
+from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer
 from gla_jax.nn.sharding import linear, parameter
 
 __all__ = ["Mamba2", "Mamba2Config"]
@@ -69,32 +68,20 @@ class Mamba2(RecurrentLayer):
     `Mamba2Config`.
     """
 
+    config_type = Mamba2Config
     convolutions = ("conv",)
     scale = 1.0
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = self.config = Mamba2Config(**options)
-        self.implementation = check_common(hidden_size, norm_eps, init_std, implementation)
-        self.norm_eps, self.width = norm_eps, config.expand * hidden_size
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        self.config = config
+        self.norm_eps, self.width = making.norm_eps, config.expand * hidden_size
         if self.width % config.head_size:
             raise ValueError(f"head_size: must divide expand * hidden_size = {self.width}, got {config.head_size}")
         self.num_heads = self.width // config.head_size
         if self.num_heads % config.num_groups:
             raise ValueError(f"num_groups: must divide the heads, {self.num_heads}, got {config.num_groups}")
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        weights = {"init_std": init_std, "bias": config.projection_bias, **common}
-        made = {"param_dtype": param_dtype, "rngs": rngs}
+        common, made = making.parts, making.parameters
+        weights = {"bias": config.projection_bias, **making.weights}
         keys = config.num_groups * config.state_size
         self.in_proj = linear(hidden_size, 2 * self.width + 2 * keys + self.num_heads, ("embed", "heads"), **weights)
         self.conv = ShortConvolution(self.width + 2 * keys, config.conv_size, bias=config.conv_bias, **common)

@@ -11,7 +11,7 @@ from flax import nnx
 from gla_jax.array_types import Array
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.norm import LayerNorm, RMSNorm
-from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer, check_common, head_width
+from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear, side_by_side
 
 __all__ = ["FEATURE_MAPS", "OUTPUT_NORMS", "ProjectedConfig", "ProjectedLayer"]
@@ -70,13 +70,14 @@ class ProjectedConfig(MixerConfig):
 class ProjectedLayer(RecurrentLayer):
     """q, k, v = x W_q, x W_k, x W_v into the op, and y = (swish(x W_r) * concat_heads(norm(o))) W_o out of it.
 
-    A kind of layer adds its gate, `decay`. To try a gate of your own, subclass a layer and define it anew.
+    A kind of layer adds its gate: what that needs (`_make_gate`), and `decay`. To try a gate of your own, subclass a
+    layer and define it anew.
     """
 
     convolutions = ("q_conv", "k_conv", "v_conv")
 
-    def _make_inputs(self, hidden_size: int, config: ProjectedConfig, weights: dict, **checked: Any) -> None:
-        self.implementation = check_common(hidden_size, init_std=weights["init_std"], **checked)
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        weights = making.weights
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         self.head_k = head_width("expand_k", hidden_size, config.expand_k, config.num_heads)
@@ -85,11 +86,7 @@ class ProjectedLayer(RecurrentLayer):
         self.q_proj = linear(hidden_size, self.num_heads * self.head_k, ("embed", "heads"), **weights)
         self.k_proj = linear(hidden_size, self.num_kv_heads * self.head_k, ("embed", "kv_heads"), **weights)
         self.v_proj = linear(hidden_size, self.num_kv_heads * self.head_v, ("embed", "kv_heads"), **weights)
-
-    def _make_outputs(
-        self, hidden_size: int, config: ProjectedConfig, weights: dict[str, Any], norm_eps: float
-    ) -> None:
-        common = {name: value for name, value in weights.items() if name != "init_std"}
+        self._make_gate(hidden_size, config, making)
         width = self.num_heads * self.head_v
         self.out_gate = nnx.data(None)
         if config.output_gate:
@@ -97,17 +94,20 @@ class ProjectedLayer(RecurrentLayer):
         self.o_proj = linear(width, hidden_size, ("heads", "embed"), **weights)
         self.o_norm = nnx.data(None)
         if (norm := OUTPUT_NORMS[config.output_norm]) is not None:
-            self.o_norm = norm(self.head_v, eps=norm_eps, affine=config.output_norm_affine, **common)
+            self.o_norm = norm(self.head_v, eps=making.norm_eps, affine=config.output_norm_affine, **making.parts)
         self.q_conv = self.k_conv = self.v_conv = nnx.data(None)
         if config.conv_size:
 
             def conv(projection: nnx.Linear, axis: str) -> ShortConvolution:
                 width = projection.out_features
-                taps: dict[str, Any] = {"bias": config.conv_bias, "sequence_axis": self.sequence_axis, **common}
+                taps: dict[str, Any] = {"bias": config.conv_bias, "sequence_axis": self.sequence_axis, **making.parts}
                 return ShortConvolution(width, config.conv_size, axis=axis, **taps)
 
             self.q_conv = conv(self.q_proj, "heads")
             self.k_conv, self.v_conv = conv(self.k_proj, "kv_heads"), conv(self.v_proj, "kv_heads")
+
+    def _make_gate(self, hidden_size: int, config: Any, making: Making) -> None:
+        pass
 
     def decay(self, x: Array, layer_input: Any) -> Array | None:
         """Log decays of x [..., d]: [..., hk, k], [..., hk] or [hk], at most 0, float32; None for no decay."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, NamedTuple, cast, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +16,7 @@ from gla_jax.nn.rope import positions_after
 from gla_jax.sequence_parallel import sequence_parallel
 from gla_jax.step import Stacked, gated_linear_attention_step, step_in_stack
 
-__all__ = ["MixerConfig", "RecurrentLayer", "check_common", "head_width"]
+__all__ = ["Making", "MixerConfig", "RecurrentLayer", "check_common", "head_width"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,41 @@ class MixerConfig(Checked):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
+class Making(NamedTuple):
+    """What a layer makes its parts with, as they take it."""
+
+    norm_eps: float
+    init_std: float
+    dtype: Any
+    param_dtype: Any
+    rngs: nnx.Rngs
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """For a parameter alone."""
+        return {"param_dtype": self.param_dtype, "rngs": self.rngs}
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """For a norm or a convolution."""
+        return {"dtype": self.dtype, **self.parameters}
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """For a projection."""
+        return {"init_std": self.init_std, **self.parts}
+
+
 class RecurrentLayer(nnx.Module):
     """A layer whose memory is the op's state [b, hk, k, v], float32, of a size that does not depend on the past.
 
-    A kind of layer says which streams it projects x to (`_streams`; a stream with the name of a short convolution goes
-    through it), which arguments of the op they make (`_arguments`), and what becomes of its output (`_output`).
+    A kind of layer names its config and makes its parts (`_make`). It says which streams it projects x to (`_streams`;
+    a stream with the name of a short convolution goes through it), which arguments of the op they make (`_arguments`),
+    and what becomes of its output (`_output`).
     """
 
+    config_type: ClassVar[type[MixerConfig]]
+    """The options that the constructor takes beside its own arguments."""
     convolutions: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold a short convolution, or None."""
     reads_positions: ClassVar[bool] = False
@@ -50,6 +78,25 @@ class RecurrentLayer(nnx.Module):
     implementation: Any = None
     sequence_axis: str | None = None
     """Mesh axis over which whole sequences are sharded in time, or None."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        norm_eps: float = 1e-5,
+        init_std: float = 0.02,
+        implementation: Implementation | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        config = self.config_type(**options)
+        self.implementation = check_common(hidden_size, norm_eps, init_std, implementation)
+        self._make(hidden_size, config, Making(norm_eps, init_std, dtype, param_dtype, rngs))
+
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        raise NotImplementedError
 
     def _state_shape(self) -> tuple[int, int, int]:
         """[hk, k, v] of the state."""

