@@ -78,7 +78,7 @@ def kernels(run, *args, runs=8):
     with alone():
         jax.block_until_ready(run(*args))
         jax.block_until_ready(run(*args))
-        _, measured = profiler.measure(run, aggregate=False, iterations=runs)(*args)
+        measured = list(profiler.measure(run, aggregate=False, iterations=runs)(*args)[1] or ())
     median = lambda x: sorted(x)[len(x) // 2]
     each = [(one[0][0], median([ms for _, ms in one])) for one in zip(*measured, strict=True)]
     total = median([sum(ms for _, ms in one) for one in measured])

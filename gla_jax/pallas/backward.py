@@ -116,18 +116,13 @@ def backward(
         out_type = jax.ShapeDtypeStruct((*shape, keys, values), kind), jax.ShapeDtypeStruct((*shape, keys), jnp.float32)
         return call(kernel, heads, backward_states.scratch, out_type)(k, v, g, *initial)
 
-    q_, k_, v_, g_, do_ = (
-        *(tokens(x, keys) for x in (q, k)),
-        tokens(v, values),
-        tokens(gates, keys),
-        tokens(do, values),
-    )
+    q_, k_, g_ = (tokens(x, keys) for x in (q, k, gates))
+    v_, do_ = (tokens(x, values) for x in (v, do))
     ends = [None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal)]
     if parts > 1:
-        ends = [
-            _through_parts(ends[0], *walk(k_, v_, g_, totals=True), parts),
-            _through_parts(ends[1], *walk(q_, do_, g_, totals=True, reverse=True, group=group), parts, scale),
-        ]
+        onwards = walk(k_, v_, g_, totals=True)
+        back = walk(q_, do_, g_, totals=True, reverse=True, group=group)
+        ends = [_through_parts(ends[0], onwards, parts), _through_parts(ends[1], back, parts, scale)]
     initial, final = (() if x is None else (x,) for x in ends)
     states, decay = walk(k_, v_, g_, *initial)
     # A channel stands for the 64 of its block.
@@ -144,32 +139,35 @@ def backward(
     add = lambda x: x[0] if x.shape[0] == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
     share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
     undo = lambda x, to: (x if factor is None else x.astype(jnp.float32) * factor).astype(to)
-    dg = None if g is None else share(add(dg), 2)[:, :time, :, :key_size]
-    if g is not None and g.ndim == 3:
-        dg = jnp.sum(dg, axis=-1, dtype=jnp.float32)
+
+    def of_gate(dg):
+        if g is None:
+            return None
+        dg = share(add(dg), 2)[:, :time, :, :key_size]
+        return undo(dg if g.ndim == 4 else jnp.sum(dg, axis=-1, dtype=jnp.float32), g.dtype)
+
     return Gradients(
         undo(add(dq)[:, :time, :, :key_size], q.dtype),
         undo(share(add(dk), 2)[:, :time, :, :key_size], k.dtype),
         undo(share(add(dv), 2)[:, :time, :, :value_size], v.dtype),
-        None if dg is None else undo(dg, g.dtype),
+        of_gate(dg),
         None if initial_state is None else undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32),
     )
 
 
-def _through_parts(end, added, decay, parts, scale=None):
+def _through_parts(end, totals, parts, scale=None):
     """The states that enter each part of a sequence or, with scale, the cotangents of those that leave it.
 
     Args:
       end: [b, h, k, v] at the sequence's end where the walk starts; zeros if None.
-      added: [b * parts, h, k, v], what each part adds, but for scale.
-      decay: [b * parts, h, k], the sum of each part's gates.
+      totals: [b * parts, h, k, v], what each part adds, but for scale, and [b * parts, h, k], the sum of its gates.
       parts: how many a sequence has.
       scale: factor of what is added, for a walk backwards.
 
     Returns:
       [b * parts, h, k, v].
     """
-    added, decay = (x.reshape(-1, parts, *x.shape[1:]) for x in (added, decay))
+    added, decay = (x.reshape(-1, parts, *x.shape[1:]) for x in totals)
     state, found = jnp.zeros_like(added[:, 0]) if end is None else end, []
     for i in range(parts) if scale is None else reversed(range(parts)):
         found.append(state)
