@@ -116,12 +116,8 @@ def backward(
         out_type = jax.ShapeDtypeStruct((*shape, keys, values), kind), jax.ShapeDtypeStruct((*shape, keys), jnp.float32)
         return call(kernel, heads, backward_states.scratch, out_type)(k, v, g, *initial)
 
-    q_, k_, v_, g_, do_ = (
-        *(tokens(x, keys) for x in (q, k)),
-        tokens(v, values),
-        tokens(gates, keys),
-        tokens(do, values),
-    )
+    q_, k_, g_ = (tokens(x, keys) for x in (q, k, gates))
+    v_, do_ = (tokens(x, values) for x in (v, do))
     ends = [None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal)]
     if parts > 1:
         ends = [
