@@ -1,36 +1,50 @@
 """Checks and times the Mosaic GPU backward on one Hopper GPU. Each line is printed as it is known.
 
-    python -m benchmarks.backward_gpu                  # values, the same bits, then times: about two minutes
-    python -m benchmarks.backward_gpu check times
+    python -m benchmarks.backward_gpu                             # every group, one to two minutes
+    python -m benchmarks.backward_gpu times --out benchmarks/results/backward-h100.json
+    python -m benchmarks.backward_gpu --lower                     # no GPU: only lowers each kernel for an H100
 
-Values: RMS(error) / RMS(reference) of every gradient against autodiff of the recurrence in float64. Milliseconds are
-medians of 5 repeats of 20 calls, of forward and backward, with and without the compiler's barriers in the backward.
+Values: RMS(error) / RMS(reference) of every gradient against the recurrence in float64. Milliseconds are medians of 8
+runs of each kernel, by CUPTI: compiling takes most of the time here, so every line has a process of its own, which
+compiles beside the others and takes the GPU for itself when it measures.
 """
 
 import argparse
-import dataclasses
+import contextlib
+import datetime
+import fcntl
 import functools
-import time
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 
-from benchmarks.op_gpu import inputs, milliseconds
-from gla_jax.pallas import forward
-from gla_jax.pallas.backward import Gradients, backward
-from gla_jax.pallas.backward_config import choose_backward
+from benchmarks.op_gpu import H100, inputs
+from gla_jax.pallas import backward, forward
+from gla_jax.pallas.backward import Gradients
 from gla_jax.reference import recurrence
 
 # (b, t, h, k, v) and the milliseconds to reach, forward and backward (issue 4).
 BARS = {
-    (8, 2048, 16, 128, 128): 0.58,
-    (8, 2048, 4, 128, 256): 0.26,
-    (2, 8192, 16, 64, 128): 0.45,
     (8, 2048, 4, 256, 512): 0.60,
+    (32, 1024, 4, 256, 512): 1.15,
+    (1, 16384, 4, 256, 512): 0.75,
+    (8, 2048, 16, 128, 128): 0.58,
+    (2, 8192, 16, 64, 128): 0.45,
+    (8, 2048, 4, 128, 256): 0.26,
 }
-CHECKED = [(2, 300, 2, 128, 128), (2, 300, 2, 64, 128), (1, 130, 2, 256, 256)]
-KINDS = ("mild", "logsigmoid", "resets", "tenth", "all strong")
+CHECKED = [(2, 300, 2, 128, 128), (2, 300, 2, 64, 128), (1, 1100, 1, 256, 256)]
+KINDS = ("mild", "logsigmoid", "resets", "packed", "tenth", "all strong")
+LIMIT_S = 90
+LOCK = pathlib.Path(tempfile.gettempdir()) / "gla_jax-backward_gpu.lock"
 
 
 def cotangents(shape):
@@ -40,70 +54,128 @@ def cotangents(shape):
     return do, *(jax.random.normal(key, (b, h, k, v)) for key in (second, third))
 
 
-def gradients(config, q, k, v, g, state, do, dfinal=None):
-    return backward(q, k, v, g, 1.0, state, do, dfinal, config=config)
+@contextlib.contextmanager
+def alone():
+    """The GPU to itself, among the processes of this script."""
+    with LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def outputs(q, k, v, g):
-    return forward(q, k, v, g, 1.0)[0]
+def compiled(f, *args, lower):
+    """f, compiled for arguments of these shapes; with `lower` only lowered for an H100, and None."""
+    if not lower:
+        return jax.jit(f).lower(*args).compile()
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+    return None
 
 
-def without_barriers(shape):
-    return dataclasses.replace(choose_backward(shape[3], jnp.dtype(jnp.bfloat16)), auto_barriers=False)
+def kernels(run, *args, runs=8):
+    """Milliseconds of a compiled call, and of each of its kernels above 3 us."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    with alone():
+        jax.block_until_ready(run(*args))
+        jax.block_until_ready(run(*args))
+        _, measured = profiler.measure(run, aggregate=False, iterations=runs)(*args)
+    if measured is None:
+        raise RuntimeError("the profiler saw no kernel")
+    median = lambda x: sorted(x)[len(x) // 2]
+    each = [(one[0][0], median([ms for _, ms in one])) for one in zip(*measured, strict=True)]
+    total = median([sum(ms for _, ms in one) for one in measured])
+    return {"ms": total, "kernels": [[name, round(ms, 4)] for name, ms in each if ms > 3e-3]}
 
 
-def check():
-    for shape in CHECKED:
-        for kind in KINDS:
-            q, k, v, g = inputs(shape, kind)
-            do, state, dfinal = cotangents(shape)
-            with jax.enable_x64(True):
-                wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, g, state)]
-                _, pull = jax.vjp(lambda q, k, v, g, state: recurrence(q, k, v, g, state, 1.0), *wide)
-                want = pull(tuple(jnp.asarray(np.asarray(x, np.float64)) for x in (do, dfinal)))
-            for config in (choose_backward(shape[3], q.dtype), without_barriers(shape)):
-                run = jax.jit(functools.partial(gradients, config))
-                got = jax.device_get(run(q, k, v, g, state, do, dfinal))
-                errors = []
-                for x, y in zip(got, want, strict=True):
-                    y = np.nan_to_num(np.asarray(y))
-                    errors.append(np.sqrt(np.mean((np.asarray(x, np.float64) - y) ** 2) / np.mean(y**2)))
-                named = " ".join(f"{name} {error:.1e}" for name, error in zip(Gradients._fields, errors, strict=True))
-                print(f"{shape} {kind}, compiler's barriers {config.auto_barriers}: {named}", flush=True)
+def check(shape, kind, lower):
+    run = lambda q, k, v, g, state, do, dfinal: backward(q, k, v, g, 1.0, state, do, dfinal)
+    (q, k, v, g), (do, state, dfinal) = inputs(shape, kind), cotangents(shape)
+    run = compiled(run, q, k, v, g, state, do, dfinal, lower=lower)
+    if run is None:
+        return {"lowered": True}
+    with alone():
+        got = jax.device_get(run(q, k, v, g, state, do, dfinal))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, g, state)]
+        _, pull = jax.vjp(lambda q, k, v, g, state: recurrence(q, k, v, g, state, 1.0), *wide)
+        want = pull(tuple(jnp.asarray(np.asarray(x, np.float64)) for x in (do, dfinal)))
+    errors = {}
+    for name, x, y in zip(Gradients._fields, got, want, strict=True):
+        y = np.nan_to_num(np.asarray(y))
+        errors[name] = float(np.sqrt(np.mean((np.asarray(x, np.float64) - y) ** 2) / np.mean(y**2)))
+    return errors
 
 
-def bits():
-    shape = (2, 1000, 60, 128, 128)
-    for kind in ("mild", "tenth"):
-        q, k, v, g = inputs(shape, kind)
-        do, state, dfinal = cotangents(shape)
-        for config in (choose_backward(128, q.dtype), without_barriers(shape)):
-            run = jax.jit(functools.partial(gradients, config))
-            first = run(q, k, v, g, state, do, dfinal)
-            same = jax.jit(lambda a, b: jnp.all(jnp.array([jnp.array_equal(x, y) for x, y in zip(a, b, strict=True)])))
-            differ = sum(not bool(same(first, run(q, k, v, g, state, do, dfinal))) for _ in range(100))
-            print(f"{kind}, compiler's barriers {config.auto_barriers}: {differ} of 100 runs differ", flush=True)
+def times(shape, kind, lower):
+    shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
+    alone_ = compiled(lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do), *shapes, lower=lower)
+    both = lambda q, k, v, g, do: (forward(q, k, v, g, 1.0)[0], backward(q, k, v, g, 1.0, None, do))
+    both = compiled(both, *shapes, lower=lower)
+    if alone_ is None:
+        return {"lowered": True}
+    args = *inputs(shape, kind), cotangents(shape)[0]
+    return {"backward": kernels(alone_, *args), "with the forward": kernels(both, *args)["ms"], "to reach": BARS[shape]}
 
 
-def times():
-    for shape, bar in BARS.items():
-        for kind in KINDS if shape == next(iter(BARS)) else KINDS[:1]:
-            arguments, (do, *_) = inputs(shape, kind), cotangents(shape)
-            for config in (choose_backward(shape[3], do.dtype), without_barriers(shape)):
-                run = functools.partial(gradients, config)
-                alone = milliseconds(run, *arguments, None, do, calls=20, repeats=5)
-                both = lambda *x, run=run: (outputs(*x[:4]), run(*x))
-                ms = milliseconds(both, *arguments, None, do, calls=20, repeats=5) if shape[3] <= 128 else float("nan")
-                ours = f"backward {alone:.3f} ms, with the forward {ms:.3f} (to reach {bar})"
-                print(f"{shape} {kind}, compiler's barriers {config.auto_barriers}: {ours}", flush=True)
+def bits(shape, kind, lower):
+    shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
+    run = compiled(lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do)[:4], *shapes, lower=lower)
+    if run is None:
+        return {"lowered": True}
+    args = *inputs(shape, kind), cotangents(shape)[0]
+    same = jax.jit(lambda a, b: jnp.all(jnp.array([jnp.array_equal(x, y) for x, y in zip(a, b, strict=True)])))
+    with alone():
+        first = run(*args)
+        return {"runs of 100 with the same bits": sum(bool(same(first, run(*args))) for _ in range(100))}
 
 
-GROUPS = {"check": check, "bits": bits, "times": times}
+FIRST = (8, 2048, 16, 128, 128)
+GROUPS = {
+    "check": (check, [(shape, kind) for shape in CHECKED for kind in KINDS]),
+    "bits": (bits, [(FIRST, "mild"), (FIRST, "tenth"), ((2, 8192, 16, 64, 128), "mild")]),
+    "times": (times, [(shape, "mild") for shape in BARS] + [(FIRST, kind) for kind in KINDS[1:]]),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="of " + ", ".join(GROUPS))
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the results")
+    parser.add_argument("--lower", action="store_true", help="only lower each kernel for an H100")
+    parser.add_argument("--line", type=int, help="this line of one group alone, in this process")
+    options = parser.parse_args()
+    if options.line is not None:
+        measure, lines = GROUPS[options.groups[0]]
+        shape, kind = lines[options.line]
+        name = {"group": options.groups[0], "shape": shape, "gates": kind}
+        print(json.dumps(name | measure(shape, kind, options.lower)), flush=True)
+        return
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    command = [sys.executable, "-m", "benchmarks.backward_gpu", *["--lower"] * options.lower]
+    limit = ["timeout", str(LIMIT_S)]
+    start = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = [(group, i) for group in options.groups or GROUPS for i in range(len(GROUPS[group][1]))]
+    results, running = [], []
+    while waiting or running:
+        while waiting and len(running) < min(8, os.cpu_count() or 1):
+            group, i = waiting.pop(0)
+            running.append((group, i, start([*limit, *command, group, "--line", str(i)])))
+        group, i, process = running.pop(0)
+        out, error = process.communicate()
+        failed = {"group": group, "line": i, "FAILED": error[-400:]}
+        results.append(json.loads(out.splitlines()[-1]) if process.returncode == 0 else failed)
+        print(json.dumps(results[-1]), flush=True)
+    if options.out:
+        report = {
+            "what": "backward_gpu",
+            "command": " ".join(["python -m benchmarks.backward_gpu", *options.groups]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": "lowered only" if options.lower else jax.devices()[0].device_kind,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+            "results": results,
+        }
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", default=list(GROUPS), choices=[*GROUPS, []])
-    for name in parser.parse_args().groups:
-        start = time.perf_counter()
-        GROUPS[name]()
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    main()

@@ -138,7 +138,7 @@ def long(arguments: argparse.Namespace) -> dict[str, Any]:
 def data(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command's own loop on bytes of Shakespeare, and the same steps with the data at hand."""
     model, rows = preset(arguments, "340m"), arguments.rows or (4 if arguments.small else 16)
-    model = model.replace(vocab_size=256)
+    model = model.replace(vocab_size=256, remat="none", layer_unroll=model.num_layers)
     length = arguments.tokens or (64 if arguments.small else 2048)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(

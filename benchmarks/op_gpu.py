@@ -167,13 +167,23 @@ def run_gates(lower):
             yield f"{shape} {kind}", result | ratio | {"at most": most}
 
 
+def tunings(chosen):
+    """The table's tuning, and some beside it."""
+    yield chosen
+    if isinstance(chosen, tuple):
+        gate, scan = chosen
+        yield gate, dataclasses.replace(scan, slots=scan.slots + 1)
+        yield gate, dataclasses.replace(scan, matmul_groups=3 - scan.matmul_groups)
+        yield gate, dataclasses.replace(scan, splits=max(1, scan.splits // 2))
+    else:
+        yield dataclasses.replace(chosen, g_slots=chosen.g_slots // 2)
+        yield dataclasses.replace(chosen, v_slots=chosen.v_slots + 1)
+
+
 def run_tune(lower):
     for shape in BARS:
-        b, _, h, k, v = shape
-        chosen = choose_forward(k, v, b * h, jnp.dtype(jnp.bfloat16))
-        less_g = dataclasses.replace(chosen, g_slots=chosen.g_slots // 2)
-        more_v = dataclasses.replace(chosen, v_slots=chosen.v_slots + 1)
-        for config in (chosen, dataclasses.replace(chosen, auto_barriers=True), less_g, more_v):
+        b, t, h, k, v = shape
+        for config in dict.fromkeys(tunings(choose_forward(k, v, b * h, -(-t // 64), jnp.dtype(jnp.bfloat16)))):
             try:
                 yield f"{shape} {config}", timed(shape, config=config, lower=lower)
             except ValueError as error:

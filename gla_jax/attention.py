@@ -61,7 +61,7 @@ def gated_linear_attention(
         of the only batch row (b = 1). Each has its own initial and final state. Rows past the last give 0.
       reverse: run from the last token to the first, in each sequence: initial_state enters at the right end and the
         final state leaves at the left.
-      implementation: "mosaic_gpu" (one kernel for the forward on Hopper GPUs, and "xla" for the gradients), "xla"
+      implementation: "mosaic_gpu" (kernels for Hopper GPUs, forward and backward), "xla"
         (chunkwise, every backend) or "reference" (token by token); a sequence of names takes the first that supports
         the call, None the best. `which_implementation` says which that is.
 
@@ -196,15 +196,9 @@ def _kernel_forward_fwd(scale, output_final_state, *arguments):
 
 
 def _kernel_forward_bwd(scale, output_final_state, arguments, cotangents):
-    def run(q, k, v, g, state):
-        if state is None:
-            state = jnp.zeros((*k.shape[:1], *k.shape[2:], v.shape[-1]), jnp.float32)
-        q, k, v, g, state = vary_alike((q, k, v, g, state))
-        o, final = _xla(q, k, v, g, state, scale, None, output_final_state)
-        return o, final if output_final_state else None
-
-    _, pull = jax.vjp(run, *arguments)
-    return pull(cotangents)
+    q, k, v, g, state = arguments
+    gradients = tuple(pallas.backward(q, k, v, g, scale, state, *cotangents))
+    return vary_alike((gradients, q))[0]
 
 
 _kernel_forward.defvjp(_kernel_forward_fwd, _kernel_forward_bwd)

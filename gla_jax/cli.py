@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,10 @@ try:
     import tyro
 
     from gla_jax import interop
+    from gla_jax.nn import CausalLMConfig
+    from gla_jax.nn.config import MIXERS
     from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
+    from gla_jax.train.bench import BenchTrainConfig, bench_train
     from gla_jax.train.corpus import DOCUMENT
     from gla_jax.train.processes import is_first
     from gla_jax.train.sampling import run_tokenizer
@@ -87,6 +91,30 @@ class EvalConfig:
     """Folder with tasks of your own."""
     limit: int | None = None
     """At most so many documents a task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOp:
+    """Time the op, by the repository's benchmarks/op.py."""
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Its own, after a "--"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchDecode(BenchOp):
+    """Time decoding, by the repository's benchmarks/decode.py."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Time training steps, the op, or decoding."""
+
+    what: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
+        | Annotated[BenchOp, tyro.conf.subcommand("op")]
+        | Annotated[BenchDecode, tyro.conf.subcommand("decode")]
+    ]
 
 
 def _train(config: TrainConfig) -> None:
@@ -171,6 +199,26 @@ def _eval(config: EvalConfig) -> None:
                 print(f"{task} {name}: {value}")
 
 
+def _bench(config: BenchConfig) -> None:
+    what = config.what
+    if isinstance(what, BenchOp):
+        name = "decode" if isinstance(what, BenchDecode) else "op"
+        script = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        if not script.exists():
+            raise InputError(f"argument {name}: there is no {script}; benchmarks come with the repository")
+        sys.argv = [str(script), *what.arguments]
+        runpy.run_path(str(script), run_name="__main__")
+        return
+    found = bench_train(what)
+    use = "" if found["mfu_6n"] is None else f", {100 * found['mfu_6n']:.1f} % of the device's peak (6 N a token)"
+    print(f"{found['parameters']:,} parameters, {what.batch} x {what.length} tokens a step, on {found['device']}")
+    print(f"{found['tokens_per_s']:,} tokens/s{use}, {found['memory_gb']} GB")
+    for row in found.get("kernels", ()):
+        print(f"{row['ms']:9.3f} ms {100 * row['share']:5.1f} %  {row['part']}, {row['work']}")
+    if what.out is not None:
+        print(f"written: {what.out}")
+
+
 def _is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
 
@@ -183,12 +231,56 @@ def _print_stream(pieces: Any) -> None:
 
 # Another command is another line here.
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
-    "train": (TrainConfig, _train, "Train a language model on text; with no flags, on Shakespeare."),
+    "train": (
+        TrainConfig,
+        _train,
+        "Train a language model on text; with no flags, on Shakespeare. --model.mixer NAME: of another layer than GLA.",
+    ),
     "tokenize": (TokenizeConfig, _tokenize, "Turn text into tokens once, for runs to train on."),
     "sample": (SampleConfig, _sample, "Continue a prompt with a trained model."),
     "convert": (ConvertConfig, _convert, "Write a model as safetensors that other libraries load."),
     "eval": (EvalConfig, _eval, "Perplexity by place, and tasks of lm-evaluation-harness."),
+    "bench": (BenchConfig, _bench, "Time training steps, the op, or decoding."),
 }
+
+
+def _parse(arguments: list[str], about: str) -> Any:
+    """The config that the arguments make, of a command's kind."""
+    arguments, model = _model_of(arguments)
+    default: dict[str, Any] = {"train": TrainConfig() if model is None else TrainConfig(model=model)}
+    kinds = [
+        Annotated[kind, tyro.conf.subcommand(name, description=text, default=default.get(name, tyro.MISSING_NONPROP))]
+        for name, (kind, _, text) in COMMANDS.items()
+    ]
+    union: Any = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    config = tyro.cli(union, prog="gla-jax", description=about, args=arguments)
+    if model is not None and isinstance(config, TrainConfig):
+        fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
+        config = dataclasses.replace(config, model=CausalLMConfig(**fields))
+    return config
+
+
+def _model_of(arguments: list[str]) -> tuple[list[str], Any]:
+    """The arguments without "--model.mixer NAME", and the model whose fields are flags then; None for GLA."""
+    for i, argument in enumerate(arguments):
+        flag, given, name = argument.partition("=")
+        if flag != "--model.mixer":
+            continue
+        rest = arguments[:i] + arguments[i + (1 if given else 2) :]
+        name = name if given else arguments[i + 1] if i + 1 < len(arguments) else ""
+        if name not in MIXERS:
+            raise InputError(f"argument --model.mixer: must be one of {', '.join(MIXERS)}, got {name!r}")
+        if name == "gla":
+            return rest, None
+        tiny = CausalLMConfig.tiny(name)
+        # Flags come of the types that fields are declared with.
+        kind: Any = dataclasses.make_dataclass(
+            "CausalLMConfig", [("mixer", MIXERS[name])], bases=(CausalLMConfig,), frozen=True, kw_only=True
+        )
+        return rest, kind(**{field.name: getattr(tiny, field.name) for field in dataclasses.fields(tiny)})
+    return arguments, None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,17 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 2 for unusable arguments or a full disk; 75 for a run that SIGTERM stopped; 130 when interrupted.
     """
-    kinds = [
-        Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, _, text) in COMMANDS.items()
-    ]
-    union: Any = kinds[0]
-    for kind in kinds[1:]:
-        union = union | kind
-    about = "Gated Linear Attention: training, sampling, conversion and evaluation."
+    about = "Gated Linear Attention: training, sampling, conversion, evaluation and timing."
     # What orbax cannot write it logs through absl, in a thousand lines; the command says it in one.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        config = tyro.cli(union, prog="gla-jax", description=about, args=arguments)
+        config = _parse(list(sys.argv[1:] if arguments is None else arguments), about)
         command = next(run for kind, run, _ in COMMANDS.values() if kind is type(config))
         command(config)
     except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from gla_jax.files import CheckpointError
 from gla_jax.nn.attention import GatedLinearAttentionConfig
 from gla_jax.nn.config import CausalLMConfig, GLAConfig, ModelConfig
 from gla_jax.nn.hgrn2 import HGRN2Config
@@ -14,7 +15,6 @@ from gla_jax.nn.recurrent import MixerConfig
 from gla_jax.nn.retention import LinearAttentionConfig, RetentionConfig
 from gla_jax.nn.rwkv6 import RWKV6Config
 from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
-from gla_jax.safetensors import CheckpointError
 
 __all__ = ["Foreign", "from_json", "to_json"]
 

@@ -10,11 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gla_jax.interop.configs import from_json, to_json
-from gla_jax.interop.names import LAYOUTS, Place, places
-from gla_jax.nn.config import DTYPES, ModelConfig
-from gla_jax.nn.model import CausalLM
-from gla_jax.safetensors import (
+from gla_jax.files import (
     CheckpointError,
     Tensor,
     brief,
@@ -22,6 +18,10 @@ from gla_jax.safetensors import (
     read_json,
     save_checkpoint,
 )
+from gla_jax.interop.configs import from_json, to_json
+from gla_jax.interop.names import LAYOUTS, Place, places
+from gla_jax.nn.config import DTYPES, ModelConfig
+from gla_jax.nn.model import CausalLM
 
 __all__ = ["convert", "end_of_text", "load_pretrained", "save_pretrained"]
 
@@ -32,7 +32,7 @@ def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
     Reads flash-linear-attention's GLA (with either layout of the MLP), RetNet, HGRN2, linear attention, RWKV-6,
     Mamba-2, Transformer and hybrids of these, the paper's first release, and transformers' Mamba, Mamba-2, Llama and
     Mistral. Every name and shape is compared with what the config asks for before any array is read; parameters are
-    then read one at a time from a memory map.
+    then read one at a time.
 
     Args:
       folder: with config.json beside the arrays.
@@ -157,9 +157,9 @@ def _with_split_mlp(there: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in there.items():
         up = name.replace("mlp.gate_proj", "mlp.up_proj")
         if name.endswith("mlp.gate_proj.weight") and up not in there and len(tensor.shape) == 2:
-            half = (tensor.shape[0] // 2, tensor.shape[1])
-            offset = tensor.offset + half[0] * half[1] * tensor.dtype.itemsize
-            split[name], split[up] = tensor._replace(shape=half), tensor._replace(shape=half, offset=offset)
+            width = tensor.shape[0] // 2
+            for part, rows in ((name, slice(width)), (up, slice(width, 2 * width))):
+                split[part] = tensor._replace(shape=(width, tensor.shape[1]), rows=rows)
         else:
             split[name] = tensor
     return split

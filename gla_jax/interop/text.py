@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from flax import nnx
 
+from gla_jax.files import CheckpointError
 from gla_jax.nn.generate import stream
-from gla_jax.safetensors import CheckpointError
 
 __all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer", "stream_text"]
 

@@ -1,6 +1,7 @@
 """The gated linear attention layer, and its sibling with a scalar gate a head."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 
 from gla_jax.array_types import Array
 from gla_jax.attention import Implementation
+from gla_jax.mesh import vary_alike
 from gla_jax.nn.projected import ProjectedConfig, ProjectedLayer
 from gla_jax.nn.sharding import linear
 
@@ -97,12 +99,48 @@ class GatedLinearAttention(ProjectedLayer):
 
     def decay(self, x: Array, layer_input: Any = None) -> Array:
         """Log decays [..., hk, k], float32 whatever the inputs: the decays of many tokens are added up."""
-        low = self.gate_down(x)
+        return self._decay_from(self.gate_down(x))
+
+    def _streams(self, x: Array, **beside: nnx.Linear) -> dict[str, Array]:
+        # Another kind of decay may have no use for this.
+        own = type(self).decay is GatedLinearAttention.decay
+        return super()._streams(x, **({"low": self.gate_down} if own else {}), **beside)
+
+    def _gates(self, streams: dict[str, Array], x: Array, layer_input: Any) -> Array:
+        return self._decay_from(streams["low"]) if "low" in streams else self.decay(x, layer_input)
+
+    def _decay_from(self, low: Array) -> Array:
         assert self.gate_up.bias is not None
         up, bias = self.gate_up.kernel[...].astype(low.dtype), self.gate_up.bias[...].astype(jnp.float32)
-        g = jax.nn.log_sigmoid(jnp.dot(low, up, preferred_element_type=jnp.float32) + bias) / self.gate_normalizer
+        g = _log_decay(self.gate_normalizer, *vary_alike((low, up, bias)))
         g = g if self.gate_clamp is None else jnp.maximum(g, self.gate_clamp)
-        return g.reshape(*x.shape[:-1], self.num_kv_heads, self.head_k)
+        return g.reshape(*low.shape[:-1], self.num_kv_heads, self.head_k)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_decay(normalizer: float, low: Array, up: Array, bias: Array) -> Array:
+    """logsigmoid(low up + bias) / normalizer in float32; its gradients are products in low's dtype.
+
+    By itself a float32 result has float32 products for gradients: 4 % of a step of the 340m preset on an H100.
+    """
+    return jax.nn.log_sigmoid(jnp.dot(low, up, preferred_element_type=jnp.float32) + bias) / normalizer
+
+
+def _log_decay_forward(normalizer: float, low: Array, up: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+    g = _log_decay(normalizer, low, up, bias)
+    return g, (low, up, g)
+
+
+def _log_decay_backward(normalizer: float, kept: tuple[Array, ...], dg: Array) -> tuple[Array, Array, Array]:
+    low, up, g = kept
+    # The derivative of logsigmoid(x) is 1 - sigmoid(x), and sigmoid(x) is exp(normalizer g): nothing but g is kept.
+    dx = dg * (jnp.expm1(normalizer * g) / -normalizer)
+    rows = tuple(range(dx.ndim - 1))
+    rounded = dx.astype(low.dtype)
+    return rounded @ up.T, jnp.tensordot(low, rounded, (rows, rows)), jnp.sum(dx, rows)
+
+
+_log_decay.defvjp(_log_decay_forward, _log_decay_backward)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

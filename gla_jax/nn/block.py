@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
@@ -55,10 +56,12 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> Float[Array, "b t d"]:
         """The block over whole sequences x [b, t, d]; `layer_input` as its mixer takes it."""
-        y = x + self.mixer(self.mixer_norm(x), segment_ids, layer_input)
+        with jax.named_scope("mixer"):
+            y = x + self.mixer(self.mixer_norm(x), segment_ids, layer_input)
         if isinstance(self.mlp, ChannelMix):
             return y + self.mlp(self.mlp_norm(y), segment_ids)
-        return self._feed_forward(y)
+        with jax.named_scope("mlp"):
+            return self._feed_forward(y)
 
     def prefill(
         self, x: Float[Array, "b t d"], cache: Any, segment_ids: Ids | None = None, layer_input: Any = None

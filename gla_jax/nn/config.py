@@ -1,24 +1,49 @@
 """The language model's configuration."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 from gla_jax.attention import Implementation
-from gla_jax.nn.attention import GatedLinearAttentionConfig
+from gla_jax.nn.attention import GatedLinearAttentionConfig, SimpleGatedLinearAttentionConfig
 from gla_jax.nn.checked import Checked, check_type
+from gla_jax.nn.hgrn2 import HGRN2Config
 from gla_jax.nn.mamba import MambaConfig
+from gla_jax.nn.mamba2 import Mamba2Config
 from gla_jax.nn.mlp import mlp_width
 from gla_jax.nn.norm import LayerNorm, RMSNorm
 from gla_jax.nn.recurrent import MixerConfig, head_width
-from gla_jax.nn.retention import RetentionConfig
+from gla_jax.nn.retention import LightningAttentionConfig, LinearAttentionConfig, RetentionConfig
+from gla_jax.nn.rwkv6 import RWKV6Config
 from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
 
-__all__ = ["DTYPES", "MLPS", "NORMS", "REMAT_POLICIES", "CausalLMConfig", "GLAConfig", "ModelConfig"]
+__all__ = ["DTYPES", "MIXERS", "MLPS", "NORMS", "REMAT_POLICIES", "CausalLMConfig", "GLAConfig", "ModelConfig"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "full")
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = ("swiglu", "channel_mix", "none")
+# The layers by the names that runs and flags have for them.
+MIXERS: dict[str, type[MixerConfig]] = {
+    "gla": GatedLinearAttentionConfig,
+    "simple_gla": SimpleGatedLinearAttentionConfig,
+    "retnet": RetentionConfig,
+    "lightning": LightningAttentionConfig,
+    "linear": LinearAttentionConfig,
+    "hgrn2": HGRN2Config,
+    "rwkv6": RWKV6Config,
+    "mamba2": Mamba2Config,
+    "mamba": MambaConfig,
+    "attention": SoftmaxAttentionConfig,
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_layers": 4,
+    "mlp_size": 384,
+    "tie_embeddings": True,
+    "init_std": 0.05,
+    "layer_unroll": 4,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +73,8 @@ class ModelConfig(Checked):
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products), full (each block from its input)."""
     layer_unroll: int = 1
-    """Blocks written out in a turn of the loop over layers: more run faster on a CPU, and compile longer."""
+    """Blocks written out in a turn of the loop over layers: more run faster, as a loop copies what the backward needs
+    of each, and compile longer."""
     implementation: str | None = None
     """Of the op: None for the best there is, or a name (see gated_linear_attention)."""
     sequence_axis: str | None = None
@@ -147,6 +173,19 @@ class CausalLMConfig(ModelConfig):
         return self.mlp
 
     @classmethod
+    def tiny(cls, mixer: str) -> "CausalLMConfig":
+        """`GLAConfig.tiny` with another layer, one of `MIXERS`; the rest of a block as that layer's paper has it."""
+        kind, rest = MIXERS[mixer], dict(TINY)
+        options = {"num_heads": 2} if "num_heads" in kind.__dataclass_fields__ else {}
+        if mixer == "hgrn2":
+            options = {"expand_ratio": 64}
+        if mixer == "rwkv6":
+            rest |= {"mlp": "channel_mix", "norm": "layer", "embed_norm": True}
+        if mixer in ("mamba", "mamba2"):
+            rest |= {"mlp": "none"}
+        return cls(mixer=kind(**options), **rest)
+
+    @classmethod
     def transformer_340m(cls) -> "CausalLMConfig":
         """The paper's small Transformer++: 341.1 M parameters (tied embeddings)."""
         mixer = SoftmaxAttentionConfig(num_heads=16)
@@ -204,17 +243,7 @@ class GLAConfig(GatedLinearAttentionConfig, ModelConfig):
     @classmethod
     def tiny(cls) -> "GLAConfig":
         """0.9 M parameters over bytes, with short convolutions: trains on a CPU in minutes."""
-        return cls(
-            vocab_size=256,
-            hidden_size=128,
-            num_layers=4,
-            num_heads=2,
-            mlp_size=384,
-            conv_size=4,
-            tie_embeddings=True,
-            init_std=0.05,
-            layer_unroll=4,
-        )
+        return cls(num_heads=2, conv_size=4, **TINY)
 
     @classmethod
     def gla_340m(cls) -> "GLAConfig":

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,10 @@ from gla_jax.array_types import Array
 from gla_jax.nn.prompt import PromptState, check_count, checked_prompt, is_integer, prefill_in_pieces
 
 __all__ = ["generate", "sample", "stream"]
+
+# Decoding takes the time of reading all weights. XLA's Triton products would first copy a layer's weights out of their
+# stack, and products with one left side would become one, of weights copied side by side.
+ON_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def generate(
@@ -63,7 +67,8 @@ def generate(
     stops = _checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
     how = _How(top_k, stops, num_samples, prefill_chunk)
-    return _generate(graphdef, params, prompt, lengths, draw, max_new_tokens, how)
+    program = _compiled(_generate, static=(0, 5, 6))
+    return program(graphdef, params, prompt, lengths, draw, max_new_tokens, how)
 
 
 def stream(
@@ -92,12 +97,13 @@ def stream(
     def tokens() -> Iterator[np.ndarray]:
         # Each step takes the cache before it: a state that was given is the caller's to keep.
         start = jax.tree.map(jnp.copy, prompt) if isinstance(prompt, PromptState) else prompt
-        token, done, cache = _first(graphdef, params, start, lengths, draw, how)
+        first, following = _compiled(_first, static=(0, 5)), _compiled(_next, static=(0, 7), donate=4)
+        token, done, cache = first(graphdef, params, start, lengths, draw, how)
         yield np.asarray(token)
         for i in range(1, max_new_tokens):
             if how.stops and done.all():
                 return
-            token, done, cache = _next(graphdef, params, token, done, cache, i, draw, how)
+            token, done, cache = following(graphdef, params, token, done, cache, i, draw, how)
             yield np.asarray(token)
 
     return tokens()
@@ -197,7 +203,18 @@ def _advance(model, token, done, cache, i, draw, how):
     return token, done | _stops(token, how.stops), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+def _compiled(program: Callable, static: tuple[int, ...], donate: int | None = None) -> Callable:
+    # Options are for a program of its own alone; inside another, even a constant is traced.
+    alone = jax.default_backend() == "gpu" and not isinstance(jnp.zeros(()), jax.core.Tracer)
+    return _jitted(program, static, donate, alone)
+
+
+@functools.cache
+def _jitted(program: Callable, static: tuple[int, ...], donate: int | None, on_gpu: bool) -> Callable:
+    options: Any = ON_GPU if on_gpu else None
+    return jax.jit(program, static_argnums=static, donate_argnums=donate, compiler_options=options)
+
+
 def _first(graphdef, params, prompt, lengths, draw, how):
     if isinstance(prompt, PromptState):
         logits, cache = prompt
@@ -210,12 +227,10 @@ def _first(graphdef, params, prompt, lengths, draw, how):
     return token, _stops(token, how.stops), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=4)
 def _next(graphdef, params, token, done, cache, i, draw, how):
     return _advance(nnx.merge(graphdef, params), token, done, cache, i, draw, how)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _generate(graphdef, params, prompt, lengths, draw, new, how):
     model = nnx.merge(graphdef, params)
     token, done, cache = _first(graphdef, params, prompt, lengths, draw, how)

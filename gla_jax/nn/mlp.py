@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array
-from gla_jax.nn.sharding import linear
+from gla_jax.nn.sharding import linear, side_by_side
 
 __all__ = ["SwiGLU", "mlp_width"]
 
@@ -47,4 +47,5 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         """Apply to x [..., d], each row on its own."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = side_by_side((self.gate_proj, self.up_proj), x)
+        return self.down_proj(jax.nn.silu(gate) * up)

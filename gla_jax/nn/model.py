@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.block import Block
 from gla_jax.nn.config import NORMS, GLAConfig, ModelConfig
-from gla_jax.nn.recurrent import MixerConfig
-from gla_jax.nn.sharding import by_rows, embedding, gathered, linear, on_auto_axes, parameter
+from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer
+from gla_jax.nn.sharding import by_rows, dot, embedding, gathered, linear, on_auto_axes, parameter
+from gla_jax.step import Stacked
 
 __all__ = ["CausalLM", "GLAForCausalLM"]
 
@@ -109,13 +110,15 @@ class CausalLM(nnx.Module):
         """Float32 logits [..., vocab] from what `hidden` returns."""
 
         def run(model: CausalLM, hidden: Array) -> Array:
-            weight = (
-                _whole(model.embed).embedding[...].T if model.lm_head is None else _whole(model.lm_head).kernel[...]
-            )
-            weight = weight.astype(hidden.dtype)
-            return by_rows(lambda rows: jnp.dot(rows, weight, preferred_element_type=jnp.float32), hidden)
+            weight = model.output_weight(hidden.dtype)
+            return by_rows(lambda rows: dot(rows, weight, preferred_element_type=jnp.float32), hidden)
 
         return on_auto_axes(run, self, hidden, out_specs=_like(hidden))
+
+    def output_weight(self, dtype: Any) -> Float[Array, "d vocab"]:
+        """The output layer's weight W [d, vocab] in `dtype`, on one device or Auto mesh axes."""
+        weight = _whole(self.embed).embedding[...].T if self.lm_head is None else _whole(self.lm_head).kernel[...]
+        return weight.astype(dtype)
 
     def init_cache(self, batch_size: int) -> Any:
         """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""
@@ -172,10 +175,15 @@ class CausalLM(nnx.Module):
         def run(carry: tuple[Array, Any], turn: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], None]:
             (x, caches), (params, inputs, i), new = carry, turn, []
             for (graphdef, _), own_params, layer_input, cache in zip(split, params, inputs, caches, strict=True):
+                block = nnx.merge(graphdef, own_params)
                 own = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, i, keepdims=False), cache)
-                x, own = nnx.merge(graphdef, own_params).step(x, own, layer_input)
-                put = lambda c, n: jax.lax.dynamic_update_index_in_dim(c, n, i, 0)
-                new.append(jax.tree.map(put, cache, own))
+                if isinstance(block.mixer, RecurrentLayer):
+                    own["state"] = Stacked(cache["state"], i)
+                x, own = block.step(x, own, layer_input)
+                put = lambda n, c: (
+                    n.states if isinstance(n, Stacked) else jax.lax.dynamic_update_index_in_dim(c, n, i, 0)
+                )
+                new.append(jax.tree.map(put, own, cache, is_leaf=lambda n: isinstance(n, Stacked)))
             return (x, tuple(new)), None
 
         turns = tuple(params for _, params in split), self._layer_inputs(), jnp.arange(self._repeats())
@@ -206,8 +214,10 @@ class CausalLM(nnx.Module):
         )
 
     def _embed(self, tokens: Array) -> Array:
-        x = jnp.take(_whole(self.embed).embedding[...].astype(self.config.dtype), tokens, axis=0, mode="clip")
-        return x if self.embed_norm is None else self.embed_norm(x)
+        with jax.named_scope("embed"):
+            # Rounded after the look-up: the gradients of a token's many places are summed up in float32.
+            x = jnp.take(_whole(self.embed).embedding[...], tokens, axis=0, mode="clip").astype(self.config.dtype)
+            return x if self.embed_norm is None else self.embed_norm(x)
 
     def _scan(self, run: Callable, x: Array, *per_layer: Any) -> tuple[Array, Any]:
         """x through run(x, block, layer_input, ...) for each block in turn, under the config's remat policy.
@@ -238,7 +248,8 @@ class CausalLM(nnx.Module):
 
         params = tuple(params for _, params in split)
         inputs = (params, self._layer_inputs(), *per_layer)
-        return jax.lax.scan(turn, x, inputs, unroll=min(self.config.layer_unroll, self._repeats()))
+        # Under jit, turns that are written out share one trace and one lowering.
+        return jax.lax.scan(jax.jit(turn), x, inputs, unroll=min(self.config.layer_unroll, self._repeats()))
 
 
 class GLAForCausalLM(CausalLM):

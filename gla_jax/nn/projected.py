@@ -12,7 +12,7 @@ from gla_jax.array_types import Array
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.norm import LayerNorm, RMSNorm
 from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer, check_common, head_width
-from gla_jax.nn.sharding import linear
+from gla_jax.nn.sharding import linear, side_by_side
 
 __all__ = ["FEATURE_MAPS", "OUTPUT_NORMS", "ProjectedConfig", "ProjectedLayer"]
 
@@ -116,16 +116,23 @@ class ProjectedLayer(RecurrentLayer):
     def _state_shape(self) -> tuple[int, int, int]:
         return self.num_kv_heads, self.head_k, self.head_v
 
-    def _streams(self, x: Array) -> dict[str, Array]:
-        return {"q_conv": self.q_proj(x), "k_conv": self.k_proj(x), "v_conv": self.v_proj(x)}
+    def _streams(self, x: Array, **beside: nnx.Linear) -> dict[str, Array]:
+        """What the projections make of x, and what the layers `beside` them make of it."""
+        layers: dict[str, Any] = {"q_conv": self.q_proj, "k_conv": self.k_proj, "v_conv": self.v_proj, **beside}
+        if self.out_gate is not None:
+            layers["out_gate"] = self.out_gate
+        return dict(zip(layers, side_by_side(list(layers.values()), x), strict=True))
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
         q = streams["q_conv"].reshape(*x.shape[:-1], self.num_heads, self.head_k)
         k, v = (streams[n].reshape(*x.shape[:-1], self.num_kv_heads, -1) for n in ("k_conv", "v_conv"))
         if self.feature_map in FEATURE_MAPS:
             q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
-        return {"q": q, "k": k, "v": v, "g": self.decay(x, layer_input)}
+        return {"q": q, "k": k, "v": v, "g": self._gates(streams, x, layer_input)}
+
+    def _gates(self, streams: dict[str, Array], x: Array, layer_input: Any) -> Array | None:
+        return self.decay(x, layer_input)
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
         y = (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)
-        return self.o_proj(y if self.out_gate is None else y * jax.nn.silu(self.out_gate(x)))
+        return self.o_proj(y if self.out_gate is None else y * jax.nn.silu(streams["out_gate"]))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from gla_jax import safetensors
+from gla_jax import files
 from gla_jax.array_types import Array
 
 __all__ = ["PromptState", "load_state", "prefill_in_pieces", "read_prompt", "save_state"]
@@ -43,7 +43,7 @@ def read_prompt(
 
 def save_state(path: Path | str, state: PromptState) -> None:
     """Write a state to one safetensors file, `path`; `load_state` reads it for a model of the same config."""
-    safetensors.write(Path(path), {name: np.asarray(x) for name, x in _named(state).items()})
+    files.write(Path(path), {name: np.asarray(x) for name, x in _named(state).items()})
 
 
 def load_state(path: Path | str, model: nnx.Module) -> PromptState:
@@ -52,14 +52,14 @@ def load_state(path: Path | str, model: nnx.Module) -> PromptState:
     Raises:
       CheckpointError: the file is no safetensors file, or not of a model like this one.
     """
-    there = safetensors.open_checkpoint(Path(path))
+    there = files.open_checkpoint(Path(path))
     batch = there["logits"].shape[0] if "logits" in there and len(there["logits"].shape) == 2 else 1
     abstract = _abstract(model, batch)
     named = _named(abstract)
     for name in sorted(named.keys() | there.keys()):
         ours, theirs = (f"{x[name].dtype} {list(x[name].shape)}" if name in x else "absent" for x in (named, there))
         if ours != theirs:
-            raise safetensors.CheckpointError(f"{path}: {name} is {theirs} there, and {ours} in this model")
+            raise files.CheckpointError(f"{path}: {name} is {theirs} there, and {ours} in this model")
     leaves = [jnp.asarray(there[name].read()) for name in named]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 

@@ -14,7 +14,7 @@ from gla_jax.nn.checked import Checked, check_type
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.rope import positions_after
 from gla_jax.sequence_parallel import sequence_parallel
-from gla_jax.step import gated_linear_attention_step
+from gla_jax.step import Stacked, gated_linear_attention_step, step_in_stack
 
 __all__ = ["MixerConfig", "RecurrentLayer", "check_common", "head_width"]
 
@@ -92,10 +92,13 @@ class RecurrentLayer(nnx.Module):
         return self._mix(x, cache, segment_ids, layer_input)
 
     def step(
-        self, x: Float[Array, "b d"], cache: dict[str, Array], layer_input: Any = None
-    ) -> tuple[Float[Array, "b d"], dict[str, Array]]:
-        """The layer for one token x [b, d] after what the cache has seen; time and memory do not depend on how much."""
-        new: dict[str, Array] = {}
+        self, x: Float[Array, "b d"], cache: dict[str, Any], layer_input: Any = None
+    ) -> tuple[Float[Array, "b d"], dict[str, Any]]:
+        """The layer for one token x [b, d] after what the cache has seen; time and memory do not depend on how much.
+
+        The cache's state may be `Stacked`, and then the new one is.
+        """
+        new: dict[str, Any] = {}
         streams = self._streams(x)
         for name, conv in self._convolutions().items():
             streams[name], new[name] = conv.step(streams[name], cache[name])
@@ -103,7 +106,8 @@ class RecurrentLayer(nnx.Module):
         if position is not None:
             new["position"] = position + 1
         arguments = self._arguments(streams, x, position, layer_input)
-        o, new["state"] = gated_linear_attention_step(**arguments, state=cache["state"], scale=self.scale)
+        step: Any = step_in_stack if isinstance(cache["state"], Stacked) else gated_linear_attention_step
+        o, new["state"] = step(**arguments, state=cache["state"], scale=self.scale)
         return self._output(o, x, streams, arguments), new
 
     def _mix(

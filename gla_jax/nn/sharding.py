@@ -13,10 +13,12 @@ every mesh, and Flax's own `nnx.get_named_sharding` under `nnx.logical_axis_rule
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -24,13 +26,18 @@ __all__ = [
     "DEFAULT_RULES",
     "by_rows",
     "create_sharded",
+    "dot",
     "embedding",
     "gathered",
     "linear",
     "on_auto_axes",
     "param_shardings",
     "parameter",
+    "side_by_side",
 ]
+
+# Rows from which on products with the same input are made one.
+MANY_ROWS = 4096
 
 type Axes = tuple[str | None, ...]
 type Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -76,6 +83,41 @@ def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+def dot(x: jax.Array, w: jax.Array, dimension_numbers: Any = None, **options: Any) -> jax.Array:
+    """x [..., in] times w [in, out] by `jax.lax.dot_general`; on a GPU, of a single row, in one pass over w."""
+    last = (((x.ndim - 1,), (0,)), ((), ()))
+    if x.shape[:-1] == (1,) and dimension_numbers in (None, last) and jax.default_backend() == "gpu":
+        return _one_row(x[0], w).astype(options.get("preferred_element_type") or x.dtype)[None]
+    return jax.lax.dot_general(x, w, dimension_numbers or last, **options)
+
+
+def _one_row(x: jax.Array, w: jax.Array) -> jax.Array:
+    # Of a product with a single row XLA makes three passes over w; a sum it fuses with what w is sliced out of, and one
+    # of about 256 rows of w at a time keeps the whole GPU busy. Without the barrier it would make the two sums one.
+    parts = next(n for n in (32, 16, 8, 4, 2, 1) if n == 1 or (len(w) % n == 0 and len(w) >= 256 * n))
+    x, w = (y.astype(jnp.float32).reshape(parts, -1, *y.shape[1:]) for y in (x, w))
+    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x[..., None] * w, 1)), 0)
+
+
+def side_by_side(layers: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]:
+    """layer(x) of each of the layers, for x [..., in]; of many rows on one device as one product of [in, all outs].
+
+    That product reads x once, and so do those of the gradients, which also sum up in float32 what is x's. For few
+    rows, as in decoding, the time is that of reading weights, and these would be copied.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if x.size < MANY_ROWS * x.shape[-1] or not (mesh.empty or mesh.size == 1):
+        return [layer(x) for layer in layers]
+    kernels = [layer.kernel[...] for layer in layers]
+    dtype = layers[0].dtype or jax.numpy.result_type(x, *kernels)
+    kernel = jax.numpy.concatenate([kernel.astype(dtype) for kernel in kernels], 1)
+    y = by_rows(lambda rows: rows.astype(dtype) @ kernel, x)
+    ends = itertools.accumulate(kernel.shape[1] for kernel in kernels)
+    parts = jax.numpy.split(y, list(ends)[:-1], -1)
+    biases = [None if layer.bias is None else layer.bias[...].astype(dtype) for layer in layers]
+    return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
+
+
 def on_auto_axes(call: Callable[..., Any], module: nnx.Module, *arrays: Any, out_specs: Any) -> Any:
     """call(module, *arrays), for which the partitioner places what is computed even on Explicit mesh axes.
 
@@ -112,6 +154,7 @@ def linear(
         param_dtype=param_dtype,
         kernel_init=_annotated(nnx.initializers.normal(init_std), axes),
         bias_init=_annotated(nnx.initializers.zeros, axes[1:]),
+        dot_general=dot,
         rngs=rngs,
     )
 

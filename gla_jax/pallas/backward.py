@@ -10,26 +10,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.array_types import Array, Float, Gate, Key, Query, State, Value
 from gla_jax.pallas import backward_kernel, backward_states
-from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward
+from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward, choose_time_parts
 from gla_jax.pallas.config import WIDTH
 from gla_jax.pallas.gating import CHUNK
 
 
 class Gradients(NamedTuple):
-    """Cotangents of the arguments of `gla_jax.pallas.forward`, of their shapes and dtypes; the state's in float32."""
+    """Cotangents of the arguments of `gla_jax.pallas.forward`, of their shapes and dtypes; None for one not given."""
 
     q: Array
     k: Array
     v: Array
-    g: Array
-    initial_state: Array
+    g: Array | None
+    initial_state: Array | None
 
 
 def backward(
     q: Query,
     k: Key,
     v: Value,
-    g: Gate,
+    g: Gate | None,
     scale: float,
     initial_state: State | None,
     do: Float[Array, "b t h v"],
@@ -54,7 +54,8 @@ def backward(
     Args:
       q: [b, t, h, k], bfloat16 or float16, any k.
       k, v: [b, t, hk, k] and [b, t, hk, v] of q's dtype.
-      g: log decay, [b, t, hk, k], at most 0; -inf is a hard reset, and its gradient 0. Float32 is rounded to q's dtype.
+      g: log decay, [b, t, hk] or [b, t, hk, k], at most 0; -inf is a hard reset, and its gradient 0. None for no decay.
+        Float32 is rounded to q's dtype: with decays off by G 2^-9, of exp(-G) no more than 2^-9 / e is lost.
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       do: cotangent of o, [b, t, h, v].
@@ -66,78 +67,114 @@ def backward(
     kv_heads, value_size = v.shape[2:]
     group, dtype = heads // kv_heads, q.dtype
     config = config or choose_backward(key_size, dtype)
-    chunks = pl.cdiv(time, CHUNK)
-    rows = max(CHUNK, -(-time // 8) * 8)
     key_width, value_width = config.key_blocks * WIDTH, VALUE_BLOCKS * WIDTH
     key_parts, value_parts = pl.cdiv(key_size, key_width), pl.cdiv(value_size, value_width)
-    keys, values = key_parts * key_width, value_parts * value_width
+    keys, values, blocks = key_parts * key_width, value_parts * value_width, key_parts * value_parts
+    chunks, rows = pl.cdiv(time, CHUNK), max(CHUNK, -(-time // 8) * 8)
+    parts = config.time_parts or choose_time_parts(batch * heads * blocks, chunks)
+    if parts > 1:
+        chunks = pl.cdiv(chunks, parts)
+        rows = parts * chunks * CHUNK
     factor = _magnitude(do, dfinal) if dtype == jnp.float16 else None
     if factor is not None:
         do = do.astype(jnp.float32) / factor
         dfinal = None if dfinal is None else dfinal / factor
+    if group > 1 and dfinal is not None:
+        # The query heads of a group share one state: its cotangent enters in the first.
+        dfinal = jnp.zeros((batch, heads, key_size, value_size), jnp.float32).at[:, ::group].set(dfinal)
 
-    tokens = lambda x, size: _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
-    state = lambda x: () if x is None else (_pad(x, (batch, kv_heads, keys, values)),)
-    padded = tokens(q, keys), tokens(k, keys), tokens(v, values), tokens(g, keys)
-    call = functools.partial(
-        plgpu.kernel,
-        grid_names=("batch", "head", "part"),
-        num_threads=config.threads,
-        thread_name="role",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
+    gates = jnp.zeros(k.shape, dtype) if g is None else g
+    if gates.ndim == 3:
+        gates = jnp.broadcast_to(gates[..., None], k.shape)
+
+    def tokens(x, size):
+        x = _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
+        return x.reshape(batch * parts, rows // parts, *x.shape[2:])
+
+    def call(kernel, heads, scratch, out_type):
+        return plgpu.kernel(
+            functools.partial(kernel, config=config, chunks=chunks, value_parts=value_parts),
+            out_type=out_type,
+            grid=(batch * parts, heads, blocks),
+            grid_names=("batch", "head", "part"),
+            num_threads=config.threads,
+            thread_name="role",
+            scratch_types=[scratch(config, dtype)],
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers, reduction_scratch_bytes=0
+            ),
+            interpret=interpret,
+        )
+
+    def walk(k, v, g, *initial, **options):
+        shape, heads = (batch * parts, k.shape[2]), k.shape[2]
+        if not options.get("totals"):
+            shape, kind = (*shape, chunks), dtype
+        else:
+            kind = jnp.float32
+        kernel = functools.partial(backward_states.states_kernel, has_initial=bool(initial), **options)
+        out_type = jax.ShapeDtypeStruct((*shape, keys, values), kind), jax.ShapeDtypeStruct((*shape, keys), jnp.float32)
+        return call(kernel, heads, backward_states.scratch, out_type)(k, v, g, *initial)
+
+    q_, k_, v_, g_, do_ = (
+        *(tokens(x, keys) for x in (q, k)),
+        tokens(v, values),
+        tokens(gates, keys),
+        tokens(do, values),
     )
-    make_states = call(
-        functools.partial(
-            backward_states.states_kernel,
-            config=config,
-            chunks=chunks,
-            value_parts=value_parts,
-            has_initial=initial_state is not None,
-        ),
-        out_type=(
-            jax.ShapeDtypeStruct((batch, kv_heads, chunks, keys, values), dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, chunks, keys), jnp.float32),
-        ),
-        grid=(batch, kv_heads, key_parts * value_parts),
-        scratch_types=[backward_states.scratch(config, dtype)],
-    )
-    states, decay = make_states(*padded[1:], *state(initial_state))
-    of_keys = jax.ShapeDtypeStruct((value_parts, batch, rows, heads, keys), dtype)
-    make_gradients = call(
-        functools.partial(
-            backward_kernel.backward_kernel,
-            config=config,
-            chunks=chunks,
-            value_parts=value_parts,
-            group=group,
-            scale=scale,
-            has_final=dfinal is not None,
-        ),
-        out_type=(
-            of_keys,
-            of_keys,
-            jax.ShapeDtypeStruct((key_parts, batch, rows, heads, values), dtype),
-            of_keys,
-            jax.ShapeDtypeStruct((batch, heads, keys, values), jnp.float32),
-        ),
-        grid=(batch, heads, key_parts * value_parts),
-        scratch_types=[backward_kernel.scratch(config, dtype)],
-    )
-    dq, dk, dv, dg, dinitial = make_gradients(*padded, tokens(do, values), states, decay, *state(dfinal))
+    ends = [None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal)]
+    if parts > 1:
+        ends = [
+            _through_parts(ends[0], walk(k_, v_, g_, totals=True), parts),
+            _through_parts(ends[1], walk(q_, do_, g_, totals=True, reverse=True, group=group), parts, scale),
+        ]
+    initial, final = (() if x is None else (x,) for x in ends)
+    states, decay = walk(k_, v_, g_, *initial)
+    # A channel stands for the 64 of its block.
+    mild = jnp.all(decay[..., ::WIDTH] > 0.5, axis=2).astype(jnp.int32)
+    of_keys = jax.ShapeDtypeStruct((value_parts, batch * parts, rows // parts, heads, keys), dtype)
+    of_values = jax.ShapeDtypeStruct((key_parts, batch * parts, rows // parts, heads, values), dtype)
+    of_state = jax.ShapeDtypeStruct((batch * parts, heads, keys, values), jnp.float32)
+    kernel = functools.partial(backward_kernel.backward_kernel, group=group, scale=scale, has_final=bool(final))
+    make = call(kernel, heads, backward_kernel.scratch, (of_keys, of_keys, of_values, of_keys, of_state))
+    *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, decay, mild, *final)
+    dq, dk, dv, dg = (x.reshape(x.shape[0], batch, rows, *x.shape[3:]) for x in of_tokens)
+    dinitial = dinitial[::parts]
 
     add = lambda x: x[0] if x.shape[0] == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
     share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
     undo = lambda x, to: (x if factor is None else x.astype(jnp.float32) * factor).astype(to)
+    dg = share(add(dg), 2)[:, :time, :, :key_size]
+    if g is not None and g.ndim == 3:
+        dg = jnp.sum(dg, axis=-1, dtype=jnp.float32)
     return Gradients(
         undo(add(dq)[:, :time, :, :key_size], q.dtype),
         undo(share(add(dk), 2)[:, :time, :, :key_size], k.dtype),
         undo(share(add(dv), 2)[:, :time, :, :value_size], v.dtype),
-        undo(share(add(dg), 2)[:, :time, :, :key_size], g.dtype),
-        undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32),
+        None if g is None else undo(dg, g.dtype),
+        None if initial_state is None else undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32),
     )
+
+
+def _through_parts(end, walked, parts, scale=None):
+    """The states that enter each part of a sequence or, with scale, the cotangents of those that leave it.
+
+    Args:
+      end: [b, h, k, v] at the sequence's end where the walk starts; zeros if None.
+      walked: [b * parts, h, k, v], what each part adds, but for scale, and [b * parts, h, k], the sum of its gates.
+      parts: how many a sequence has.
+      scale: factor of what is added, for a walk backwards.
+
+    Returns:
+      [b * parts, h, k, v].
+    """
+    added, decay = (x.reshape(-1, parts, *x.shape[1:]) for x in walked)
+    state, found = jnp.zeros_like(added[:, 0]) if end is None else end, []
+    for i in range(parts) if scale is None else reversed(range(parts)):
+        found.append(state)
+        state = jnp.exp(decay[:, i, ..., None]) * state + (1.0 if scale is None else scale) * added[:, i]
+    found = jnp.stack(found if scale is None else found[::-1], 1)
+    return found.reshape(-1, *found.shape[2:])
 
 
 def _magnitude(do, dfinal):

@@ -22,6 +22,7 @@ class BackwardConfig:
       value_stages: the same of v, do and the states.
       compute_registers, load_registers: a thread's, in each role of the second kernel.
       mild: largest decay of a chunk, in nats, for the centred form.
+      time_parts: how many parts a sequence is cut in; None for as many as fill a GPU.
       auto_barriers: whether the compiler puts a barrier around each access of shared memory, besides the kernels' own.
     """
 
@@ -32,7 +33,8 @@ class BackwardConfig:
     compute_registers: int
     load_registers: int
     mild: float = 96.0
-    auto_barriers: bool = True
+    time_parts: int | None = None
+    auto_barriers: bool = False
 
     def __post_init__(self):
         if VALUE_BLOCKS % self.key_blocks:
@@ -64,6 +66,11 @@ _NARROW = BackwardConfig(
 _WIDE = BackwardConfig(
     key_blocks=2, state_stages=3, token_stages=2, value_stages=1, compute_registers=240, load_registers=24
 )
+
+
+def choose_time_parts(blocks: int, chunks: int) -> int:
+    """How many parts to cut a sequence in, if uncut it takes `blocks` blocks of a GPU's 132 multiprocessors."""
+    return max(1, min(132 // blocks, chunks // 8))
 
 
 def choose_backward(key_size: int, dtype: jnp.dtype) -> BackwardConfig:

@@ -12,7 +12,8 @@ dq = scale exp(E) dq~ and dk = exp(-E) dk~. A gate at token l decays what querie
     dg_l = rowsum(S~ D) + sum_{i >= l} z_i + sum_{j < l} w_j        w = k~ (v D^T)    z = q~ dq~ - k~ (dA^T q~)
 
 The pairs inside the chunk that l does not part cancel in z, whose two terms are made of the same rounded operands; all
-else only adds up. With the triangle M of +-1/2 that makes E, the sums are M^T (z - w) and half of all of z + w.
+else only adds up. With the triangle L of ones the sums are L^T (z - w) and all of w. w is rounded first, so that it
+cancels, too; z - w takes two tiles, the second for what the first's rounding lost.
 
 **Anything else** uses only sums of g as exponents and differentiates just those: for x = y exp(N g) with N of zeros and
 ones, dy = dx exp(N g) and dg = N^T (x dx). Nothing is ever subtracted. Here x is q~ = scale q exp(b_i), k~ =
@@ -32,7 +33,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_states import COLUMNS, LAST, TILE, matmul, matmuls, numbers
-from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, write_triangle
+from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load
+
+LOG2_E = 1.4426950408889634
 
 
 class Tiles(NamedTuple):
@@ -40,13 +43,13 @@ class Tiles(NamedTuple):
 
     q, k: in the inputs, out q~ and k~.
     g: in the gates, out dg.
-    state: [2], in S~ [k, v], out dq and dk.
-    d: [2], D [k, v].
+    state: [2], in S~ [k, v], destroyed.
+    d: [2], out D [k, v].
     v, do: [2], not written.
     scores: out A.
-    triangle: +-1/2, the same afterwards.
+    lower: ones on and below the diagonal, the same afterwards.
     row: [64] float32 scratch.
-    zero: [1] int32 that holds 0, unknown to the compiler.
+    zero: 0, unknown to the compiler.
     """
 
     q: Any
@@ -57,43 +60,34 @@ class Tiles(NamedTuple):
     v: Any
     do: Any
     scores: Any
-    triangle: Any
+    lower: Any
     row: Any
     zero: Any
 
 
-def _along_columns(x, row):
-    """[64, 64] with x[i], given along the rows, all along column i; through `row` of shared memory."""
-    row[...] = x
-    plgpu.commit_smem()
-    return lax.broadcast_in_dim(plgpu.layout_cast(row[...], COLUMNS), TILE, (1,))
-
-
-def _crossing(t, ds, factor):
-    """rowsum(S~ * dS') * factor, along the rows."""
-    total = jnp.sum(load(t.state.at[0]) * ds[0], axis=1)
-    for i in range(1, VALUE_BLOCKS):
-        total += jnp.sum(load(t.state.at[i]) * ds[i], axis=1)
-    return total * factor
+def _along_columns(row):
+    """[64, 64] with row[i] of shared memory all along column i."""
+    return lax.broadcast_in_dim(plgpu.load(row, layout=COLUMNS), TILE, (1,))
 
 
 def _numbers(t):
-    # An index read from memory keeps masks and addresses from being computed, and spilled, ahead of the loop.
-    z = t.zero[0]
     rows, columns = numbers()
-    return rows + z, columns + z
+    return rows + t.zero, columns + t.zero
 
 
-def _lower(t, a):
-    rows, columns = _numbers(t)
-    return jnp.where(rows >= columns, a, 0.0)
+def _keep_lower(t, a):
+    # Masks made of numbers would be computed, and spilled, ahead of the loop. A product would not do: inf * 0.
+    return jnp.where(load(t.lower) > 0.5, a, 0.0)
 
 
 def _split(x, high, low):
     """x in two tiles, twice as exact as in one."""
-    rounded = x.astype(high.dtype)
-    high[...] = rounded
-    low[...] = (x - rounded.astype(jnp.float32)).astype(low.dtype)
+    bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 16))
+    rounded = lax.bitcast_convert_type(bits, jnp.float32) if high.dtype == jnp.bfloat16 else None
+    if rounded is None:
+        rounded = x.astype(high.dtype).astype(jnp.float32)
+    high[...] = rounded.astype(high.dtype)
+    low[...] = (x - rounded).astype(low.dtype)
 
 
 def _reads(t):
@@ -108,73 +102,96 @@ def _score_cotangents(t):
     return [(t.do.at[i], t.v.at[i].T) for i in range(VALUE_BLOCKS)]
 
 
-def mild_gradients(t, ds, post, scale, wait_values):
+def _crossing(t, ds, factor):
+    """rowsum(S~ * dS') * factor, along the rows."""
+    return sum(jnp.sum(load(t.state.at[i]) * ds[i], axis=1) for i in range(VALUE_BLOCKS)) * factor
+
+
+def write_lower(lower):
+    """Ones on and below the diagonal of a tile."""
+    rows, columns = numbers()
+    lower[...] = jnp.where(columns <= rows, 1.0, 0.0).astype(lower.dtype)
+    plgpu.commit_smem()
+
+
+def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
     """The centred form, in place.
 
     Args:
       t: the Tiles; g is destroyed before dg is in it.
       ds: dS' in float32, two tiles [k, v].
-      post: [64] along the rows, exp(B/2).
+      total: [64] along the rows, B.
       scale: factor of o.
       wait_values: waits for v, do and the state.
+      free_tokens: waits until what the last chunk made is stored.
+
+    Returns:
+      dq and dk, [64, 64] of the tiles' dtype.
     """
-    e = matmul([(t.triangle, t.g)])
-    t.q[...] = (load(t.q) * (jnp.exp(e) * scale)).astype(t.q.dtype)
-    t.k[...] = (load(t.k) * jnp.exp(-e)).astype(t.k.dtype)
+    half = 0.5 * total
+    t.row[...] = half
+    plgpu.commit_smem()
+    e = (matmul([(t.lower, t.g)]) - _along_columns(t.row)) * LOG2_E
+    t.q[...] = (load(t.q) * (jnp.exp2(e) * scale)).astype(t.q.dtype)
+    t.k[...] = (load(t.k) * jnp.exp2(-e)).astype(t.k.dtype)
+    free_tokens()
+    for i in range(VALUE_BLOCKS):
+        t.d[i] = (ds[i] * along_rows(jnp.exp(half))).astype(t.d.dtype)
     wait_values()
-    t.scores[...] = _lower(t, matmul(_score_cotangents(t))).astype(t.scores.dtype)
-    crossing = _crossing(t, ds, post)
+    crossing = _crossing(t, ds, jnp.exp(half))
+    t.scores[...] = _keep_lower(t, matmul(_score_cotangents(t))).astype(t.scores.dtype)
     plgpu.commit_smem()
 
-    dq = matmul([*_reads(t), (t.scores, t.k)])
-    z = load(t.q) * dq
-    dq = (dq * (jnp.exp(e) * scale)).astype(t.state.dtype)
-    inside, across = matmuls([(t.scores.T, t.q)], _writes(t))
-    z -= load(t.k) * inside
-    dk = ((inside + across) * jnp.exp(-e)).astype(t.state.dtype)
-    w = load(t.k) * across
+    dq, inside = matmuls([*_reads(t), (t.scores, t.k)], [(t.scores.T, t.q)])
+    z = load(t.q) * dq - load(t.k) * inside
+    dq = (dq * (jnp.exp2(e) * scale)).astype(t.q.dtype)
+    across = matmul(_writes(t))
+    w = (load(t.k) * across).astype(t.q.dtype)
+    z -= w.astype(jnp.float32)
+    dk = ((inside + across) * jnp.exp2(-e)).astype(t.k.dtype)
     plgpu.commit_smem()
-    _split(z - w, t.g, t.state.at[0])
-    _split(z + w, t.scores, t.state.at[1])
+    _split(z, t.g, t.scores)
+    t.state[0] = w
     plgpu.commit_smem()
 
-    def sums(dg, half, a):
-        for products in (t.g, t.state.at[0]):
-            plgpu.wgmma(dg, t.triangle.T, products)
-        for products in (t.scores, t.state.at[1]):
-            plgpu.wgmma(half, products.T, t.triangle.at[LAST].T)
+    def sums(dg, all_w, a):
+        plgpu.wgmma(dg, t.lower.T, t.g)
+        plgpu.wgmma(dg, t.lower.T, t.scores)
+        plgpu.wgmma(all_w, t.state.at[0].T, t.lower.at[LAST].T)
         plgpu.wgmma(a, t.q, t.k.T)
-        # The triangle's last row is all 1/2.
-        column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA) + t.zero[0]
-        return dg[...], jnp.sum(jnp.where(column == 7, half[...], 0.0), axis=1), a[...]
+        # The triangle's last row is all ones.
+        column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA) + t.zero
+        return dg[...], jnp.sum(jnp.where(column == 7, all_w[...], 0.0), axis=1), a[...]
 
     wide = plgpu.ACC(TILE, jnp.float32)
-    dg, half, a = pl.run_scoped(sums, wide, plgpu.ACC((CHUNK, 8), jnp.float32), wide)
-    dg += _along_columns(crossing + half, t.row)  # has a barrier
+    dg, all_w, a = pl.run_scoped(sums, wide, plgpu.ACC((CHUNK, 8), jnp.float32), wide)
+    t.row[...] = crossing + all_w
+    plgpu.commit_smem()
+    dg += _along_columns(t.row)
     t.g[...] = dg.astype(t.g.dtype)
-    t.state[0] = dq
-    t.state[1] = dk
-    t.scores[...] = _lower(t, a).astype(t.scores.dtype)
+    t.scores[...] = _keep_lower(t, a).astype(t.scores.dtype)
+    return dq, dk
 
 
 def _write_mask(t, keep):
-    t.triangle[...] = jnp.where(keep, 1.0, 0.0).astype(t.triangle.dtype)
+    t.lower[...] = jnp.where(keep, 1.0, 0.0).astype(t.lower.dtype)
     plgpu.commit_smem()
 
 
 def _decay(t):
-    return jnp.exp(matmul([(t.triangle, t.g)]))
+    return jnp.exp(matmul([(t.lower, t.g)]))
 
 
-def exact_gradients(make_tiles, ds, total, scale, wait_values):
+def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
     """The form for every gate, in place.
 
-    As `mild_gradients`, but total is B, D is written here, and make_tiles makes the Tiles, with addresses of its own.
+    As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own.
     """
     t = make_tiles()
     rows, columns = _numbers(t)
     t.g[...] = jnp.maximum(load(t.g), FLOOR).astype(t.g.dtype)
     wait_values()
+    free_tokens()
     for i in range(VALUE_BLOCKS):
         t.d[i] = ds[i].astype(t.d.dtype)
     crossing = _crossing(t, ds, jnp.exp(total))
@@ -188,14 +205,14 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values):
     plgpu.commit_smem()
     product[...] = (load(t.q) * dq).astype(product.dtype)
     plgpu.commit_smem()
-    dg = matmul([(t.triangle.T, product)])
+    dg = matmul([(t.lower.T, product)])
     plgpu.commit_smem()
     rows, columns = _numbers(t)
     _write_mask(t, columns > rows)
     dk = dk * _decay(t)
     product[...] = (load(t.k) * dk).astype(product.dtype)
     plgpu.commit_smem()
-    dg += matmul([(t.triangle.T, product)])
+    dg += matmul([(t.lower.T, product)])
 
     # Inside: dA on both sides of the diagonal in state[0], A in state[1].
     t = make_tiles()
@@ -236,15 +253,13 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values):
         plgpu.commit_smem()
         product[...] = net.astype(product.dtype)
         plgpu.commit_smem()
-        dg += matmul([(t.triangle.T, product)])
+        dg += matmul([(t.lower.T, product)])
         plgpu.commit_smem()
         return dq, dk, dg
 
     dq, dk, dg = lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, (dq, dk, dg))
     t = make_tiles()
     t.scores[...] = load(t.state.at[1]).astype(t.scores.dtype)
-    t.state[0] = dq.astype(t.state.dtype)
-    t.state[1] = dk.astype(t.state.dtype)
 
     # What the other products of the chunk need: q~, k~ and D.
     t.d[0] = ds[0].astype(t.d.dtype)
@@ -255,6 +270,9 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values):
     rows, columns = _numbers(t)
     _write_mask(t, columns > rows)
     t.k[...] = (load(t.k) * _decay(t)).astype(t.k.dtype)
-    dg += _along_columns(crossing, t.row)  # has a barrier
+    t.row[...] = crossing
+    plgpu.commit_smem()
+    dg += _along_columns(t.row)
     t.g[...] = jnp.where(load(t.g) <= FLOOR, 0.0, dg).astype(t.g.dtype)
-    write_triangle(t.triangle)
+    write_lower(t.lower)
+    return dq.astype(t.q.dtype), dk.astype(t.k.dtype)

@@ -1,15 +1,16 @@
 """The backward's second kernel: one block walks back over the chunks with the cotangent of one head's state.
 
-A warpgroup each 64 channels of k computes, and one more moves data. For each chunk, from the last to the first, with
+A warpgroup each 64 channels of k computes, and one more loads data. For each chunk, from the last to the first, with
 the state S before it from backward_states.py, and the cotangent dS' of the one after it in registers:
 
 - each computing warpgroup makes dq, dk and dg of its channels, and q~, k~, A and D = post dS' (backward_gates.py);
 - after a barrier of them, each makes dv = k~ D + A^T do for its columns of v, where A's parts by channels add up, and
   dS = read (keep dS' + q~^T do) for its channels. (post, read, keep) is exp(B/2) thrice in a mild chunk, and
   (1, 1, exp(B)) in any other;
-- after a second barrier dv goes over v, and the last warpgroup stores what was made and loads the next in its place.
+- after a second barrier dq goes over q~, dk over k~, dv over D, dg is over g already, and all of them out.
 
-dS is rounded to the inputs' dtype only as an operand of products.
+dS is rounded to the inputs' dtype only as an operand of products. Channels that are mild in every chunk take a loop of
+their own: registers go round in it, and the code for other gates is not in its way.
 """
 
 import functools
@@ -20,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
-from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients
+from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients, write_lower
 from gla_jax.pallas.backward_states import ROWS, TILE, matmuls, parts, tile
-from gla_jax.pallas.gating import CHUNK, along_rows, write_triangle
+from gla_jax.pallas.gating import CHUNK, along_rows, nothing
 
 
 def scratch(config, dtype):
@@ -37,75 +38,74 @@ def scratch(config, dtype):
         "state": tile((values, blocks, VALUE_BLOCKS, *TILE), dtype),
         "d": tile((blocks, VALUE_BLOCKS, *TILE), dtype),
         "scores": tile((blocks, *TILE), dtype),
-        "triangle": tile((blocks, *TILE), dtype),
-        "decay": plgpu.SMEM((tokens, blocks, CHUNK), jnp.float32),
-        "zero": plgpu.SMEM((blocks, 8), jnp.int32),
+        "lower": tile((blocks, *TILE), dtype),
+        # The chunks' decays, and scratch.
+        "rows": plgpu.SMEM((tokens + 1, blocks, CHUNK), jnp.float32),
         "tokens_loaded": plgpu.Barrier(num_arrivals=4 * blocks, num_barriers=tokens),
         "values_loaded": plgpu.Barrier(num_arrivals=(2 + blocks) * VALUE_BLOCKS, num_barriers=values),
         "gated": plgpu.Barrier(num_arrivals=blocks),
         "multiplied": plgpu.Barrier(num_arrivals=blocks),
-        "made": plgpu.Barrier(num_arrivals=blocks, num_barriers=tokens),
+        "tokens_free": plgpu.Barrier(num_arrivals=blocks, num_barriers=tokens),
+        "values_free": plgpu.Barrier(num_arrivals=blocks, num_barriers=values),
+        "cotangents_free": plgpu.Barrier(num_arrivals=blocks, num_barriers=values),
     }
 
 
 def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final):
-    """The body; refs are q, k, v, g, do, states, decay, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
+    """The body; refs are q, k, v, g, do, states, decay, mild, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
 
     Everything is linear in the products over k and over v, so a block takes 64 or 128 channels and 128 columns. dq, dk
-    and dg are [value_parts, b, t, h, k], dv is [key_parts, b, t, h, v] and dinitial [b, h, k, v]: who calls adds up
-    parts, and query heads of a group.
+    and dg are [value_parts, b, t, h, k], dv is [key_parts, b, t, h, v], and dfinal and dinitial are [b, h, k, v]: who
+    calls adds up parts, and query heads of a group. mild is [b, hk, k / 64] int32, 1 for channels that are mild in
+    every chunk.
     """
-    q, k, v, g, do, states, decay, *final, dq, dk, dv, dg, dinitial, s = refs
+    q, k, v, g, do, states, decay, mild, *final, dq, dk, dv, dg, dinitial, s = refs
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     key_part, value_part, channels, columns = parts(config, value_parts)
     kv_head = lax.div(head, jnp.int32(group))
     blocks = config.key_blocks
+    tokens = lambda i: pl.ds((chunks - 1 - i) * CHUNK, CHUNK)
+
+    def walk(m, *, all_mild):
+        own = channels(m)
+        state = lambda ref, i: ref.at[batch, head, own, columns(i)]
+        _walk_back(
+            s,
+            m,
+            config,
+            chunks,
+            scale,
+            all_mild,
+            final=[state(final[0], i) for i in range(VALUE_BLOCKS)] if has_final else None,
+            initial=[state(dinitial, i) for i in range(VALUE_BLOCKS)],
+            by_channel=lambda i: [x.at[value_part, batch, tokens(i), head, own] for x in (dq, dk, dg)],
+            by_column=lambda i, j: dv.at[key_part, batch, tokens(i), head, columns(j)],
+        )
 
     @pl.when(warpgroup < blocks)
     def _compute():
         plgpu.set_max_registers(config.compute_registers, action=config.action(config.compute_registers))
-        _walk_back(
-            s,
-            warpgroup,
-            config,
-            chunks,
-            scale,
-            final=[final[0].at[batch, kv_head, channels(warpgroup), columns(i)] for i in range(VALUE_BLOCKS)]
-            if has_final
-            else None,
-            # The query heads of a group share one state: its cotangent enters in the first.
-            enters=jnp.where(lax.rem(head, jnp.int32(group)) == 0, 1.0, 0.0),
-            initial=[dinitial.at[batch, head, channels(warpgroup), columns(i)] for i in range(VALUE_BLOCKS)],
-        )
+        every = mild[batch, kv_head, key_part * blocks + warpgroup]
+        for m in range(blocks):
+            pl.when((every > 0) & (warpgroup == m))(functools.partial(walk, m, all_mild=True))
+        pl.when(every == 0)(functools.partial(walk, warpgroup, all_mild=False))
 
     @pl.when(warpgroup == blocks)
-    def _move():
+    def _load():
         plgpu.set_max_registers(config.load_registers, action=config.action(config.load_registers))
-        tokens = lambda i: pl.ds((chunks - 1 - i) * CHUNK, CHUNK)
         copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
-        send = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False)
 
-        # What gradients are staged over waits until those are stored; the rest need not.
-        def load_queries_and_keys(i):
+        def load_tokens(i):
             slot = lax.rem(i, jnp.int32(config.token_stages))
             loaded = s["tokens_loaded"].at[slot]
             for j in range(blocks):
+                copy(g.at[batch, tokens(i), kv_head, channels(j)], s["g"].at[slot, j], loaded)
                 copy(q.at[batch, tokens(i), head, channels(j)], s["q"].at[slot, j], loaded)
                 copy(k.at[batch, tokens(i), kv_head, channels(j)], s["k"].at[slot, j], loaded)
-                copy(decay.at[batch, kv_head, chunks - 1 - i, channels(j)], s["decay"].at[slot, j], loaded)
+                copy(decay.at[batch, kv_head, chunks - 1 - i, channels(j)], s["rows"].at[slot, j], loaded)
 
-        def load_gates(i):
-            slot = lax.rem(i, jnp.int32(config.token_stages))
-            for j in range(blocks):
-                copy(g.at[batch, tokens(i), kv_head, channels(j)], s["g"].at[slot, j], s["tokens_loaded"].at[slot])
-
-        def load_cotangents(i):
-            slot = lax.rem(i, jnp.int32(config.value_stages))
-            for j in range(VALUE_BLOCKS):
-                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], s["values_loaded"].at[slot])
-
-        def load_values_and_states(i):
+        def load_values(i):
             slot = lax.rem(i, jnp.int32(config.value_stages))
             loaded = s["values_loaded"].at[slot]
             for j in range(VALUE_BLOCKS):
@@ -114,126 +114,132 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
                     state = states.at[batch, kv_head, chunks - 1 - i, channels(m), columns(j)]
                     copy(state, s["state"].at[slot, m, j], loaded)
 
-        def store(i):
-            slot, value_slot = lax.rem(i, jnp.int32(config.token_stages)), lax.rem(i, jnp.int32(config.value_stages))
-            for j in range(blocks):
-                send(s["state"].at[value_slot, j, 0], dq.at[value_part, batch, tokens(i), head, channels(j)])
-                send(s["state"].at[value_slot, j, 1], dk.at[value_part, batch, tokens(i), head, channels(j)])
-                send(s["g"].at[slot, j], dg.at[value_part, batch, tokens(i), head, channels(j)])
+        def load_cotangents(i):
+            slot = lax.rem(i, jnp.int32(config.value_stages))
             for j in range(VALUE_BLOCKS):
-                send(s["v"].at[value_slot, j], dv.at[key_part, batch, tokens(i), head, columns(j)])
-            plgpu.commit_smem_to_gmem_group()
+                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], s["values_loaded"].at[slot])
 
-        for i in range(min(chunks, config.token_stages)):
-            load_gates(jnp.int32(i))
-            load_queries_and_keys(jnp.int32(i))
-            if i < config.value_stages:
-                load_cotangents(jnp.int32(i))
-                load_values_and_states(jnp.int32(i))
+        # In the order in which places become free.
+        loads = (
+            ("values_free", config.value_stages, load_values),
+            ("cotangents_free", config.value_stages, load_cotangents),
+            ("tokens_free", config.token_stages, load_tokens),
+        )
+        for _, stages, fetch in reversed(loads):
+            for i in range(min(chunks, stages)):
+                fetch(jnp.int32(i))
 
         def chunk(i, _):
-            plgpu.barrier_wait(s["made"].at[lax.rem(i, jnp.int32(config.token_stages))])
-            store(i)
-            value, token = i + config.value_stages, i + config.token_stages
-
-            @pl.when(value < chunks)
-            def _cotangents():
-                load_cotangents(value)
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            @pl.when(value < chunks)
-            def _values():
-                load_values_and_states(value)
-
-            @pl.when(token < chunks)
-            def _tokens():
-                load_gates(token)
-                load_queries_and_keys(token)
+            for name, stages, fetch in loads:
+                plgpu.barrier_wait(s[name].at[lax.rem(i, jnp.int32(stages))])
+                pl.when(i + stages < chunks)(functools.partial(fetch, i + stages))
 
         lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
-        plgpu.wait_smem_to_gmem(0)
 
 
-def _walk_back(s, warpgroup, config, chunks, scale, *, final, enters, initial):
+def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, initial, by_channel, by_column):
     """The computing role, for 64 channels of k and its share of the columns of v."""
     blocks = config.key_blocks
     share = VALUE_BLOCKS // blocks
-    s["zero"][warpgroup, 0] = jnp.int32(0)
-    write_triangle(s["triangle"].at[warpgroup])
+    write_lower(s["lower"].at[warpgroup])
 
     def start(i):
         if final is None:
-            return plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), plgpu.Layout.WGMMA)
-        return plgpu.load(final[i], layout=plgpu.Layout.WGMMA, optimized=False) * enters
+            return nothing(jnp.float32)
+        # The sum varies over no axis of a shard_map, as what the loop makes of it; what is loaded may.
+        return nothing(jnp.float32) + plgpu.load(final[i], layout=plgpu.Layout.WGMMA, optimized=False)
 
     def meet(barrier):
-        plgpu.commit_smem()
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
 
     def chunk(i, ds):
-        slot, value_slot = lax.rem(i, jnp.int32(config.token_stages)), lax.rem(i, jnp.int32(config.value_stages))
-        v, do = s["v"].at[value_slot], s["do"].at[value_slot]
+        slot = lax.rem(i, jnp.int32(config.token_stages))
+
+        def places():
+            # 0, of which the compiler does not know it: it keeps addresses and masks from being computed, and spilled,
+            # ahead of the loop.
+            third = lax.rem(i, jnp.int32(3))
+            zero = third * (third - 1) * (third - 2)
+            return zero, zero + (lax.rem(i, jnp.int32(config.value_stages)) if config.value_stages > 1 else 0)
 
         def make_tiles():
-            # An index read from memory keeps addresses from being computed, and spilled, ahead of a loop.
-            own = warpgroup + s["zero"][warpgroup, 0]
+            zero, value_slot = places()
+            own = warpgroup + zero
             return Tiles(
                 q=s["q"].at[slot, own],
                 k=s["k"].at[slot, own],
                 g=s["g"].at[slot, own],
                 state=s["state"].at[value_slot, own],
                 d=s["d"].at[own],
-                v=v,
-                do=do,
+                v=s["v"].at[value_slot],
+                do=s["do"].at[value_slot],
                 scores=s["scores"].at[own],
-                triangle=s["triangle"].at[own],
-                row=s["decay"].at[slot, own],
-                zero=s["zero"].at[own],
+                lower=s["lower"].at[own],
+                row=s["rows"].at[config.token_stages, own],
+                zero=zero,
             )
 
-        tiles = make_tiles()
-        zero = tiles.zero[0]
-        wait_values = lambda: plgpu.barrier_wait(s["values_loaded"].at[value_slot])
+        def wait_values():
+            plgpu.barrier_wait(s["values_loaded"].at[places()[1]])
+
+        def free_tokens():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.when(i > 0)
+            def _free():
+                plgpu.barrier_arrive(s["tokens_free"].at[lax.rem(i - 1, jnp.int32(config.token_stages))])
+
         plgpu.barrier_wait(s["tokens_loaded"].at[slot])
-        mild = jnp.where(s["decay"][slot, warpgroup, 0] > 0.5, 1.0, 0.0)
-        total = plgpu.layout_cast(s["decay"][slot, warpgroup], ROWS)
-        total += mild * (1.0 - 2.0 * total)
-        post = jnp.exp(total * (0.5 * mild))
+        total = plgpu.layout_cast(s["rows"][slot, warpgroup], ROWS)
+        if all_mild:
+            total = 1.0 - total
+            post = keep = jnp.exp(0.5 * total)
+            dq, dk = mild_gradients(make_tiles(), ds, total, scale, wait_values, free_tokens)
+        else:
+            mild = jnp.where(s["rows"][slot, warpgroup, 0] > 0.5, 1.0, 0.0)
+            total += mild * (1.0 - 2.0 * total)
+            # The other half of a mild chunk's decay, or all of another's.
+            post, keep = jnp.exp(total * (0.5 * mild)), jnp.exp(total * (1.0 - 0.5 * mild))
+            dq, dk = lax.cond(
+                mild > 0.5,
+                lambda: mild_gradients(make_tiles(), ds, total, scale, wait_values, free_tokens),
+                lambda: exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens),
+            )
 
-        @pl.when(mild > 0.5)
-        def _mild():
-            for j in range(VALUE_BLOCKS):
-                tiles.d[j] = (ds[j] * along_rows(post)).astype(tiles.d.dtype)
-            mild_gradients(tiles, ds, post, scale, wait_values)
-
-        @pl.when(mild < 0.5)
-        def _exact():
-            exact_gradients(make_tiles, ds, total, scale, wait_values)
-
+        plgpu.commit_smem()
+        # dv goes over D, so that v and the state are done with.
+        plgpu.barrier_arrive(s["values_free"].at[places()[1]])
         meet(s["gated"])
-        # The other half of a mild chunk's decay, or all of another's.
-        keep = jnp.exp(total * (1.0 - 0.5 * mild))
-        mine = [(warpgroup + zero) * share + j for j in range(share)]
-        key_blocks = range(blocks)
-        reads = [[(tiles.q.T, do.at[j])] for j in range(VALUE_BLOCKS)]
+        t = make_tiles()
+        mine = [(warpgroup + t.zero) * share + j for j in range(share)]
+        reads = [[(t.q.T, t.do.at[j])] for j in range(VALUE_BLOCKS)]
         writes = [
-            [*((s["k"].at[slot, m], s["d"].at[m + zero, j]) for m in key_blocks)]
-            + [(s["scores"].at[m + zero].T, do.at[j]) for m in key_blocks]
+            [*((s["k"].at[slot, m], s["d"].at[m + t.zero, j]) for m in range(blocks))]
+            + [(s["scores"].at[m + t.zero].T, t.do.at[j]) for m in range(blocks)]
             for j in mine
         ]
         products = matmuls(*reads, *writes)
         updates, dvs = products[:VALUE_BLOCKS], products[VALUE_BLOCKS:]
         ds = tuple((ds[j] * along_rows(keep) + updates[j]) * along_rows(post) for j in range(VALUE_BLOCKS))
-        meet(s["multiplied"])
-        for j, dv in zip(mine, dvs, strict=True):
-            v[j] = dv.astype(v.dtype)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(s["made"].at[slot])
+        plgpu.barrier_arrive(s["cotangents_free"].at[places()[1]])
+        meet(s["multiplied"])
+        t.q[...] = dq
+        t.k[...] = dk
+        for j in range(share):
+            t.d[j] = dvs[j].astype(t.d.dtype)
+        plgpu.commit_smem()
+        for source, target in zip((t.q, t.k, t.g), by_channel(i), strict=True):
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+        for j in range(share):
+            plgpu.copy_smem_to_gmem(t.d.at[j], by_column(i, warpgroup * share + j), commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
         return ds
 
-    init = tuple(start(i) for i in range(VALUE_BLOCKS))
-    ds = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, init)
+    ds = tuple(start(i) for i in range(VALUE_BLOCKS))
+    ds = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, ds)
+    plgpu.wait_smem_to_gmem(0)
+    plgpu.barrier_arrive(s["tokens_free"].at[(chunks - 1) % config.token_stages])
     for i in range(VALUE_BLOCKS):
         initial[i][...] = ds[i]

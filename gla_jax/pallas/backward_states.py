@@ -12,6 +12,13 @@ whose exponential is 0 in float32).
 What leaves is what backward_kernel.py multiplies with, in the inputs' dtype: exp(B/2) S_n if these 64 channels of the
 chunk are mild (no B under -mild), S_n if not. And a float32 a channel that says which, and B: 1 - B, at least 1, of
 mild ones, and B, at most 0, of others.
+
+The same walk gives what a part of a sequence adds to the state, if a long sequence is cut: S after the last chunk and
+the sum of all B. Backwards in time, with q for k and do for v,
+
+    dS_n = exp(B) dS_{n+1} + (q exp(b_i))^T do
+
+is what it adds to the cotangent of the state.
 """
 
 import functools
@@ -22,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
-from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, write_triangle
+from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, nothing, vector, write_triangle
 
 TILE = (CHUNK, CHUNK)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -82,8 +89,12 @@ def scratch(config, dtype):
     }
 
 
-def states_kernel(*refs, config, chunks, value_parts, has_initial):
-    """The body; refs are k, v, g, [initial state], states [b, hk, n, k, v], decay [b, hk, n, k], then the scratch."""
+def states_kernel(*refs, config, chunks, value_parts, has_initial=False, totals=False, reverse=False, group=1):
+    """The body; refs are k, v, g, [initial state], states [b, h, n, k, v], decay [b, h, n, k], then the scratch.
+
+    With totals, states is [b, h, k, v] in float32, and decay [b, h, k]: the last state and the sum of all B. With
+    reverse the walk is backwards, with q and do as k and v. g's head is the others' divided by group.
+    """
     k, v, g, *initial, states, decay, s = refs
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
@@ -99,9 +110,11 @@ def states_kernel(*refs, config, chunks, value_parts, has_initial):
             config,
             chunks,
             initial=None if start is None else [start.at[:, columns(i)] for i in range(VALUE_BLOCKS)],
-            states=lambda n, i: states.at[batch, head, n, mine, columns(i)],
-            decay=lambda n: decay.at[batch, head, n, mine],
+            states=lambda n, i: (states.at[batch, head] if totals else states.at[batch, head, n]).at[mine, columns(i)],
+            decay=lambda n: (decay.at[batch, head] if totals else decay.at[batch, head, n]).at[mine],
             writes_decay=value_part == 0,
+            totals=totals,
+            reverse=reverse,
         )
 
     @pl.when(warpgroup == config.key_blocks)
@@ -113,10 +126,14 @@ def states_kernel(*refs, config, chunks, value_parts, has_initial):
             def _wait():
                 plgpu.barrier_wait(s["free"].at[slot])
 
-            tokens = pl.ds(n * CHUNK, CHUNK)
+            tokens = pl.ds((chunks - 1 - n if reverse else n) * CHUNK, CHUNK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
             for i in range(config.key_blocks):
-                copy(g.at[batch, tokens, head, channels(i)], s["g"].at[slot, i], s["loaded"].at[slot])
+                copy(
+                    g.at[batch, tokens, lax.div(head, jnp.int32(group)), channels(i)],
+                    s["g"].at[slot, i],
+                    s["loaded"].at[slot],
+                )
                 copy(k.at[batch, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
             for i in range(VALUE_BLOCKS):
                 copy(v.at[batch, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
@@ -126,17 +143,18 @@ def states_kernel(*refs, config, chunks, value_parts, has_initial):
             plgpu.barrier_wait(s["free"].at[n % config.state_stages])
 
 
-def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, writes_decay):
+def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, writes_decay, totals, reverse):
     centre, after, row = s["centre"].at[warpgroup], s["after"].at[warpgroup], s["row"].at[warpgroup]
     copies, decays = s["state"].at[warpgroup], s["decay"].at[warpgroup]
     rows, columns = numbers()
-    after[...] = jnp.where(columns > rows, 1.0, 0.0).astype(after.dtype)
+    after[...] = jnp.where(columns <= rows if reverse else columns > rows, 1.0, 0.0).astype(after.dtype)
     write_triangle(centre)
 
     def start(i):
         if initial is None:
-            return plgpu.layout_cast(jnp.zeros(TILE, jnp.float32), plgpu.Layout.WGMMA)
-        return plgpu.load(initial[i], layout=plgpu.Layout.WGMMA, optimized=False)
+            return nothing(jnp.float32)
+        # The sum varies over no axis of a shard_map, as what the loop makes of it; what is loaded may.
+        return nothing(jnp.float32) + plgpu.load(initial[i], layout=plgpu.Layout.WGMMA, optimized=False)
 
     def products(g):
         def run(sums, total):
@@ -148,6 +166,7 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
         return pl.run_scoped(run, plgpu.ACC(TILE, jnp.float32), plgpu.ACC((CHUNK, 8), jnp.float32))
 
     def chunk(n, carry):
+        carry, sum_of_totals = carry
         slot = lax.rem(n, jnp.int32(config.state_stages))
         plgpu.barrier_wait(s["loaded"].at[slot])
         g, k = s["g"].at[slot, warpgroup], s["k"].at[slot, warpgroup]
@@ -155,6 +174,10 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
         plgpu.commit_smem()
         sums, total = products(g)
         k[...] = (load(k) * jnp.exp(sums)).astype(k.dtype)
+        keep = along_rows(jnp.exp(total))
+        if totals:
+            plgpu.commit_smem()
+            return update(slot, k, carry, keep), sum_of_totals + total
         row[...] = total
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
@@ -174,11 +197,24 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
             plgpu.copy_smem_to_gmem(decays, decay(n), commit_group=False)
 
         plgpu.commit_smem_to_gmem_group()
-        keep = along_rows(jnp.exp(total))
+        return update(slot, k, carry, keep), sum_of_totals
+
+    def update(slot, k, carry, keep):
         updates = matmuls(*([(k.T, s["v"].at[slot, i])] for i in range(VALUE_BLOCKS)))
         carry = tuple(carry[i] * keep + updates[i] for i in range(VALUE_BLOCKS))
         plgpu.barrier_arrive(s["free"].at[slot])
         return carry
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, tuple(start(i) for i in range(VALUE_BLOCKS)))
+    init = tuple(start(i) for i in range(VALUE_BLOCKS)), vector(0.0)
+    last, sum_of_totals = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, init)
+    if totals:
+        for i in range(VALUE_BLOCKS):
+            states(0, i)[...] = last[i]
+        decays[...] = sum_of_totals
+        plgpu.commit_smem()
+
+        @pl.when(writes_decay)
+        def _write_total():
+            plgpu.copy_smem_to_gmem(decays, decay(0))
+
     plgpu.wait_smem_to_gmem(0)

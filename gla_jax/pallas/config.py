@@ -21,9 +21,7 @@ class ForwardConfig:
       qk_slots, g_slots: tiles of 64 tokens and 64 channels of q and k, and of g, in shared memory.
       v_slots, score_slots: chunks of v, and of scores for each gater of a chunk, in shared memory.
       matmul_registers, gate_registers, load_registers: a thread's, in each role.
-      copies: a matmul warpgroup's tiles for copies of the state and for o: 2 in turns, or 3 with one for o alone.
       mild: largest decay of a chunk, in nats, for the centred form.
-      auto_barriers: whether the compiler puts a barrier around each access of shared memory, besides the kernel's own.
     """
 
     key_blocks: int
@@ -38,8 +36,6 @@ class ForwardConfig:
     gate_registers: int
     load_registers: int = 24
     mild: float = 96.0
-    copies: int = 2
-    auto_barriers: bool = False
 
     def __post_init__(self):
         if self.key_blocks % self.block_gaters or self.gaters % self.block_gaters:
@@ -79,29 +75,72 @@ class ForwardConfig:
         return "increase" if registers >= self.launch_registers else "decrease"
 
 
+@dataclasses.dataclass(frozen=True)
+class ScanConfig:
+    """One tuning of the second pass.
+
+    Attributes:
+      key_blocks: k / 64.
+      matmul_groups: warpgroups that carry states, 64 columns of v each.
+      shares: tiles that sum up to a chunk's A.
+      slots: chunks in shared memory.
+      splits: parts of the sequence that go at the same time, where there are few heads; the states between them are
+        computed first.
+      matmul_registers, load_registers: a thread's, in each role.
+    """
+
+    key_blocks: int
+    matmul_groups: int
+    shares: int
+    slots: int
+    splits: int
+    matmul_registers: int = 232
+    load_registers: int = 40
+
+    @property
+    def value_width(self) -> int:
+        """Columns of v in a block."""
+        return self.matmul_groups * WIDTH
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups in a block."""
+        return self.matmul_groups + 1
+
+
+# A chunk's channels, gated ahead of the recurrence (gate_kernel.py), by k / 64.
+_GATE = {
+    1: ForwardConfig(1, 0, 2, 1, 6, 4, 0, 2, matmul_registers=0, gate_registers=208, load_registers=40),
+    2: ForwardConfig(2, 0, 2, 2, 6, 4, 0, 2, matmul_registers=0, gate_registers=208, load_registers=40),
+    4: ForwardConfig(4, 0, 2, 2, 8, 4, 0, 1, matmul_registers=0, gate_registers=208, load_registers=40),
+}
 _NARROW = ForwardConfig(1, 1, 2, 1, 4, 4, 4, 2, matmul_registers=120, gate_registers=184)
 _WIDE = ForwardConfig(2, 2, 1, 1, 4, 4, 2, 2, matmul_registers=144, gate_registers=200)
-_WIDE_FEW = ForwardConfig(2, 1, 2, 2, 4, 4, 3, 2, matmul_registers=152, gate_registers=168)
-_WIDEST = ForwardConfig(4, 2, 1, 1, 4, 4, 2, 2, matmul_registers=192, gate_registers=104, copies=3)
-# Blocks below which a block should do less, so that more of the GPU's 132 multiprocessors have one.
-_FULL = 120
+# The GPU's multiprocessors; blocks that fill it; blocks that leave most of it idle.
+_BLOCKS, _FULL, _FEW = 132, 120, 33
 
 
 def choose_forward(
-    key_size: int, value_size: int, heads: int, dtype: jnp.dtype, wide_gate: bool = False
-) -> ForwardConfig:
-    """The tuning for [key_size, value_size] states of `heads` sequences (batch x query heads).
+    key_size: int, value_size: int, heads: int, chunks: int, dtype: jnp.dtype, wide_gate: bool = False
+) -> ForwardConfig | tuple[ForwardConfig, ScanConfig]:
+    """The tuning for [key_size, value_size] states of `heads` sequences (batch x query heads): of one pass, or of two.
 
+    chunks: of 64 tokens, of one sequence.
     wide_gate: whether the gates are float32, and a tile of them takes two.
     """
-    parts = -(-value_size // (2 * WIDTH))
-    if key_size <= WIDTH:
-        config = _NARROW
-    elif key_size > 2 * WIDTH:
-        config = _WIDEST
-    else:
-        config = _WIDE if heads * parts >= _FULL and value_size > WIDTH else _WIDE_FEW
+    blocks = 1 if key_size <= WIDTH else 2 if key_size <= 2 * WIDTH else 4
+    pairs = heads * -(-value_size // (2 * WIDTH))
+    many = value_size > WIDTH and pairs >= _FULL
+    one_pass = heads * -(-value_size // WIDTH) >= _FEW if blocks == 1 else blocks == 2 and many
+    gate = (_NARROW if blocks == 1 else _WIDE) if one_pass else _GATE[blocks]
     if wide_gate:
-        config = dataclasses.replace(config, g_slots=2)
+        gate = dataclasses.replace(gate, g_slots=gate.g_slots // 2)
     # float16 ends at 65504: exp(mild / 2) times a key has to stay below.
-    return config if dtype == jnp.bfloat16 else dataclasses.replace(config, mild=8.0)
+    gate = gate if dtype == jnp.bfloat16 else dataclasses.replace(gate, mild=8.0)
+    if one_pass:
+        return gate
+    groups = 2 if value_size > WIDTH and (many or (blocks == 4 and pairs < _FEW)) else 1
+    scans = heads * -(-value_size // (groups * WIDTH))
+    # A split costs the states between the parts: half as much again.
+    splits = max(1, min(_BLOCKS // scans, chunks // 8)) if scans <= _FEW else 1
+    return gate, ScanConfig(blocks, groups, gate.block_gaters, 2 if blocks == 4 else 3, splits)

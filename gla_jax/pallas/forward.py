@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.array_types import Array, Gate, Key, Query, State, Value
-from gla_jax.pallas.config import WIDTH, ForwardConfig, choose_forward
+from gla_jax.pallas import gate_kernel, scan_kernel
+from gla_jax.pallas.config import WIDTH, ForwardConfig, ScanConfig, choose_forward
 from gla_jax.pallas.forward_kernel import forward_kernel, scratch
 from gla_jax.pallas.gating import CHUNK, FLOOR
 
@@ -38,13 +39,16 @@ def why_unsupported(
         return f"it takes k up to {LARGEST_KEY}, and k is {q.shape[-1]}"
     if own_states:
         return "it keeps one state a batch row, and cu_seqlens with states asks for one a sequence"
+    return why_no_hopper(platform)
+
+
+def why_no_hopper(platform: str | None = None) -> str | None:
+    """Says that the default device, or the platform given in its place, is no Hopper GPU; None if it is one."""
     if platform is None:
         default = jax.config.jax_default_device
         device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
         platform = "hopper" if getattr(device, "compute_capability", None) == "9.0" else device.platform
-    if platform != "hopper":
-        return f"it needs a Hopper GPU, and the device is {platform}"
-    return None
+    return None if platform == "hopper" else f"it needs a Hopper GPU, and the device is {platform}"
 
 
 def forward(
@@ -56,10 +60,10 @@ def forward(
     initial_state: State | None = None,
     output_final_state: bool = False,
     *,
-    config: ForwardConfig | None = None,
+    config: ForwardConfig | tuple[ForwardConfig, ScanConfig] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Array, State | None]:
-    """The gated scan S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in one Mosaic GPU kernel.
+    """The gated scan S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in Mosaic GPU kernels.
 
     Args:
       q: [b, t, h, k], bfloat16 or float16, k at most 256.
@@ -70,53 +74,141 @@ def forward(
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       output_final_state: whether to return the state after the last token.
       config: the tuning; the table's for these shapes if None.
-      interpret: runs the kernel in Pallas' interpreter.
+      interpret: runs the kernels in Pallas' interpreter.
 
     Returns:
       o [b, t, h, v] of v's dtype, and the final state [b, hk, k, v] in float32 or None.
     """
     batch, time, heads, key_size = q.shape
-    kv_heads, value_size = v.shape[2:]
-    by_channel = g is not None and g.ndim == 4
+    value_size = v.shape[-1]
     gate_parts = 0 if g is None or g.ndim == 3 else 1 if g.dtype == q.dtype else 2
-    config = config or choose_forward(key_size, value_size, batch * heads, q.dtype, gate_parts == 2)
+    chunks = pl.cdiv(time, CHUNK)
+    config = config or choose_forward(key_size, value_size, batch * heads, chunks, q.dtype, gate_parts == 2)
+    one_pass = isinstance(config, ForwardConfig)
+    scan = config if one_pass else config[1]
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
-    widths = config.key_blocks * WIDTH, -(-value_size // config.value_width) * config.value_width
-    g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if by_channel else _sums_of_chunks(g, k)
+    widths = scan.key_blocks * WIDTH, -(-value_size // scan.value_width) * scan.value_width
+    g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if gate_parts else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
     if initial_state is not None:
         initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
+    run = _one_pass if one_pass else _two_passes
+    o, state = run(q, k, v, g, scale, initial_state, output_final_state, config, chunks, gate_parts, interpret)
+    return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size]
 
-    body = functools.partial(
+
+def _kernel(body, threads, scratch, out_type, grid, config, interpret, **options):
+    return plgpu.kernel(
+        functools.partial(body, config=config, interpret=interpret is not None, **options),
+        out_type=tuple(out_type),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=threads,
+        thread_name="role",
+        scratch_types=[scratch],
+        # No reduction in these kernels crosses warps, so none needs scratch.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )
+
+
+def _one_pass(q, k, v, g, scale, initial_state, output_final_state, config, chunks, gate_parts, interpret):
+    batch, time, heads, key_size = q.shape
+    kv_heads, value_size = v.shape[2:]
+    out_type = [jax.ShapeDtypeStruct((batch, time, heads, value_size), v.dtype)]
+    if output_final_state:
+        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, key_size, value_size), jnp.float32))
+    kernel = _kernel(
         forward_kernel,
-        config=config,
-        chunks=pl.cdiv(time, CHUNK),
+        config.threads,
+        scratch(config, q.dtype, gate_parts),
+        out_type,
+        {"batch": batch, "head": heads, "part": value_size // config.value_width},
+        config,
+        interpret,
+        chunks=chunks,
         group=heads // kv_heads,
         scale=scale,
         has_initial=initial_state is not None,
         has_final=output_final_state,
         gate_parts=gate_parts,
-        interpret=interpret is not None,
-    )
-    out_type = [jax.ShapeDtypeStruct((batch, padded_time, heads, widths[1]), v.dtype)]
-    if output_final_state:
-        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, *widths), jnp.float32))
-    kernel = plgpu.kernel(
-        body,
-        out_type=tuple(out_type),
-        grid=(batch, heads, widths[1] // config.value_width),
-        grid_names=("batch", "head", "part"),
-        num_threads=config.threads,
-        thread_name="role",
-        scratch_types=[scratch(config, q.dtype, gate_parts)],
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers),
-        interpret=interpret,
     )
     o, *state = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))
-    o = o[:, :time, :, :value_size]
-    return o, state[0][:, :, :key_size, :value_size] if output_final_state else None
+    return o, state[0] if output_final_state else None
+
+
+def _two_passes(q, k, v, g, scale, initial_state, output_final_state, configs, chunks, gate_parts, interpret):
+    gate, scan = configs
+    batch, time, heads, key_size = q.shape
+    kv_heads, value_size = v.shape[2:]
+    each = pl.cdiv(chunks, scan.splits)
+    splits = pl.cdiv(chunks, each)
+    # The first pass goes through `own` chunks a block, and as many blocks as there are multiprocessors, or a few less.
+    parts = min(chunks, max(1, 128 // (batch * heads)))
+    own = pl.cdiv(chunks, parts)
+    parts = pl.cdiv(splits * each, own)
+    shape = lambda dtype, *last: jax.ShapeDtypeStruct((batch, heads, parts * own, *last), dtype)
+    tiles = shape(q.dtype, scan.key_blocks, CHUNK, CHUNK)
+    scores = shape(q.dtype, scan.shares, CHUNK, CHUNK)
+    kernel = _kernel(
+        gate_kernel.gate_kernel,
+        gate.threads,
+        gate_kernel.scratch(gate, q.dtype, gate_parts),
+        (tiles, tiles, scores, shape(jnp.float32, scan.key_blocks, CHUNK)),
+        {"batch": batch, "head": heads, "part": parts},
+        gate,
+        interpret,
+        chunks=own,
+        group=heads // kv_heads,
+        gate_parts=gate_parts,
+    )
+    gated = kernel(q, k, g)
+
+    def run(reads, initial, has_final):
+        out_type = [jax.ShapeDtypeStruct((batch, time, heads, value_size), v.dtype)] if reads else []
+        if has_final:
+            out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, splits, value_size, key_size), jnp.float32))
+        kernel = _kernel(
+            scan_kernel.scan_kernel,
+            scan.threads,
+            scan_kernel.scratch(scan, q.dtype, reads, interpret is not None),
+            out_type,
+            {"batch": batch, "head": heads, "part": value_size // scan.value_width, "split": splits},
+            scan,
+            interpret,
+            chunks=each,
+            group=heads // kv_heads,
+            scale=scale,
+            reads=reads,
+            has_initial=initial is not None,
+            has_final=has_final,
+        )
+        return kernel(*gated, v, *(() if initial is None else (initial,)))
+
+    # States are transposed in this kernel, [v, k], one a split.
+    initial = None if initial_state is None else jnp.swapaxes(initial_state, 2, 3)[:, :, None]
+    if splits > 1:
+        (last,) = run(False, None, True)
+        decay = gated[3][:, :: heads // kv_heads, : splits * each].reshape(batch, kv_heads, splits, each, 1, key_size)
+        initial = _states_before(last, jnp.prod(decay, axis=3), initial)
+    o, *final = run(True, initial, output_final_state)
+    return o, jnp.swapaxes(final[0][:, :, -1], 2, 3) if output_final_state else None
+
+
+def _states_before(last, decay, initial):
+    """The states before each split of a sequence.
+
+    Args:
+      last: [b, hk, splits, v, k], what each split adds to the state after it.
+      decay: [b, hk, splits, 1, k].
+      initial: [b, hk, 1, v, k] before the first, or None.
+    """
+    states = [jnp.zeros_like(last[:, :, :1]) if initial is None else initial]
+    for i in range(last.shape[2] - 1):
+        states.append(decay[:, :, i : i + 1] * states[-1] + last[:, :, i : i + 1])
+    return jnp.concatenate(states, axis=2)
 
 
 def _parts(g, dtype):

@@ -28,27 +28,24 @@ _F32 = jnp.float32
 _ACC = plgpu.ACC((CHUNK, CHUNK), _F32)
 
 
-def _tile(shape, dtype):
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
 def scratch(config, dtype, gate_parts):
     """Shared memory and barriers of one block, by name; gate_parts as `forward_kernel`'s."""
-    c, tile = config, (CHUNK, CHUNK)
+    c, tile, _tile = config, (CHUNK, CHUNK), gating.tile_memory
     return {
-        "q": _tile((c.qk_slots, *tile), dtype),
-        "k": _tile((c.qk_slots + 1, *tile), dtype),
+        # Slots of q, as many of k, and a tile of zeros.
+        "qk": _tile((2 * c.qk_slots + 1, *tile), dtype),
         "g": _tile((c.g_slots, gate_parts, *tile), dtype)
         if gate_parts
         else plgpu.SMEM((c.g_slots, CHUNK), jnp.float32),
         "v": _tile((c.v_slots, c.matmul_groups, *tile), dtype),
         "scores": _tile((c.score_slots, c.block_gaters, *tile), dtype),
-        "factors": plgpu.SMEM((c.qk_slots, 3, CHUNK), jnp.float32),
+        "factors": plgpu.SMEM((3, c.qk_slots, CHUNK), jnp.float32),
         "triangle": _tile((c.gaters, *tile), dtype),
         "strong": _tile((c.gaters, *tile), dtype),
         "rows": plgpu.SMEM((c.gaters, 3, CHUNK), jnp.float32),
         "number": plgpu.SMEM((c.gaters + c.matmul_groups, 8), jnp.int32),
-        "copy": _tile((c.matmul_groups, c.copies, *tile), dtype),
+        "copy": _tile((c.matmul_groups, 2, *tile), dtype),
+        "prepared": plgpu.Barrier(num_arrivals=c.gaters),
         "qk_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=c.qk_slots),
         "g_loaded": plgpu.Barrier(num_arrivals=max(1, gate_parts), num_barriers=c.g_slots),
         "v_loaded": plgpu.Barrier(num_arrivals=c.matmul_groups, num_barriers=c.v_slots),
@@ -61,7 +58,7 @@ def scratch(config, dtype, gate_parts):
     }
 
 
-def _slot(n, slots, i=0, of=1, zero=None):
+def slot_of(n, slots, i=0, of=1, zero=None):
     """The ring's slot of the i-th of `of` tiles of chunk n."""
     if of == slots:
         return i if zero is None else zero + i
@@ -120,7 +117,7 @@ def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
     copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
 
     def wait_free(name, slots, n, i=0, of=1):
-        slot = _slot(n, slots, i, of)
+        slot = slot_of(n, slots, i, of)
 
         @pl.when(n * of + i >= slots)
         def _wait():
@@ -141,8 +138,8 @@ def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
                 slot = wait_free("g_free", config.g_slots, n)
                 copy(g.at[batch, kv_head, tokens], s["g"].at[slot], s["g_loaded"].at[slot])
             slot = wait_free("qk_free", config.qk_slots, n, i, config.key_blocks)
-            copy(q.at[batch, tokens, head, channels], s["q"].at[slot], s["qk_loaded"].at[slot])
-            copy(k.at[batch, tokens, kv_head, channels], s["k"].at[slot], s["qk_loaded"].at[slot])
+            copy(q.at[batch, tokens, head, channels], s["qk"].at[slot], s["qk_loaded"].at[slot])
+            copy(k.at[batch, tokens, kv_head, channels], s["qk"].at[config.qk_slots + slot], s["qk_loaded"].at[slot])
             if i == 0:
                 slot = wait_free("v_free", config.v_slots, n)
                 for j in range(config.matmul_groups):
@@ -158,25 +155,36 @@ def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
             plgpu.barrier_wait(s[name].at[n % slots])
 
 
-def gate_chunks(s, gater, config, chunks, scalar_gate, interpret):
-    """The gater role."""
+def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None):
+    """The gater role.
+
+    at_end: None if each tile is taken as soon as it is gated. Otherwise nobody takes one before its chunk's scores are
+      there, and this is called with each slot just before.
+    """
+    arrive = lambda name, slot: plgpu.barrier_arrive(s[name].at[slot]) if at_end is None else None
+    zeros = jnp.int32(2 * config.qk_slots)
     number, rows = s["number"].at[config.matmul_groups + gater], s["rows"].at[gater]
     own = config.key_blocks // config.block_gaters
     share, turn = lax.rem(gater, jnp.int32(config.block_gaters)), lax.div(gater, jnp.int32(config.block_gaters))
     gating.write_triangle(s["triangle"].at[gater])
     if not scalar_gate:
         number[0] = jnp.int32(0)
-        s["k"][config.qk_slots] = gating.nothing(s["k"].dtype)
-        plgpu.commit_smem()
 
-    # In registers all the time where there is room for it.
-    mask = gating.lower_mask(s["triangle"].at[gater]) if own < 4 else None
+        @pl.when(gater == 0)
+        def _zeros():
+            s["qk"][zeros] = gating.nothing(s["qk"].dtype)
+
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s["prepared"])
+        plgpu.barrier_wait(s["prepared"])
+
+    mask = gating.lower_mask(s["triangle"].at[gater])
 
     def chunk(i, _):
         n = i * config.turns + turn
-        score_slot = _slot(n, config.score_slots)
+        score_slot = slot_of(n, config.score_slots)
         if scalar_gate:
-            plgpu.barrier_wait(s["g_loaded"].at[_slot(n, config.g_slots)])
+            plgpu.barrier_wait(s["g_loaded"].at[slot_of(n, config.g_slots)])
         scores = s["scores"].at[score_slot, share]
 
         @pl.when(n >= config.score_slots)
@@ -190,47 +198,50 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret):
         def tile(j, carry):
             a, before, before_k = carry
             block = share * own + j
-            slot = _slot(n, config.qk_slots, block, config.key_blocks)
-            q, k, factors = s["q"].at[slot], s["k"].at[slot], s["factors"].at[slot]
+            slot = slot_of(n, config.qk_slots, block, config.key_blocks)
+            q, k, factors = s["qk"].at[slot], s["qk"].at[config.qk_slots + slot], s["factors"].at[:, slot]
             if scalar_gate:
                 plgpu.barrier_wait(s["qk_loaded"].at[slot])
-                a += gate_tile_by_token(q, k, s["g"].at[_slot(n, config.g_slots)], factors)
-                plgpu.barrier_arrive(s["gated"].at[slot])
-                plgpu.barrier_arrive(s["qk_free"].at[slot])
+                a += gate_tile_by_token(q, k, s["g"].at[slot_of(n, config.g_slots)], factors)
+                arrive("gated", slot)
+                arrive("qk_free", slot)
                 return a, before, before_k
-            g_slot = _slot(n, config.g_slots, block, config.key_blocks)
+            g_slot = slot_of(n, config.g_slots, block, config.key_blocks)
             g = s["g"].at[g_slot]
             plgpu.barrier_wait(s["g_loaded"].at[g_slot])
             if own == 1:
                 e, half = gating.centre(tools.triangle, g)
             else:
-                e, half, a = gating.centre(tools.triangle, g, (a, s["q"].at[before], s["k"].at[before_k]), interpret)
+                e, half, a = gating.centre(tools.triangle, g, (a, s["qk"].at[before], s["qk"].at[before_k]), interpret)
 
                 @pl.when(j > 0)
                 def _free():
-                    plgpu.barrier_arrive(s["qk_free"].at[before])
+                    arrive("qk_free", before)
 
             ready = lambda: plgpu.barrier_wait(s["qk_loaded"].at[slot])
             done = lambda: plgpu.barrier_arrive(s["g_free"].at[g_slot])
             sums = None if own == 1 else a
             is_mild, sums = gating.gate_tile(q, k, g, e, half, sums, factors, tools, config.mild, ready, done)
-            plgpu.barrier_arrive(s["gated"].at[slot])
+            arrive("gated", slot)
             # A strong tile's scores are in tools.strong: in `a` it meets zeros.
-            return a if own == 1 else sums, slot, jnp.where(is_mild, slot, jnp.int32(config.qk_slots))
+            return a if own == 1 else sums, slot, jnp.where(is_mild, config.qk_slots + slot, zeros)
 
-        carry = gating.nothing(_F32), jnp.int32(0), jnp.int32(config.qk_slots)
+        carry = gating.nothing(_F32), zeros, zeros
         carry = tile(jnp.int32(0), carry) if own == 1 else lax.fori_loop(jnp.int32(0), jnp.int32(own), tile, carry)
         a, before, before_k = carry
-        kept = gating.lower_mask(tools.triangle) if mask is None else mask
         if scalar_gate:
-            g_slot = _slot(n, config.g_slots)
-            write_decayed_scores(scores, a, kept, s["g"].at[g_slot], rows.at[0])
+            g_slot = slot_of(n, config.g_slots)
+            write_decayed_scores(scores, a, mask, s["g"].at[g_slot], rows.at[0])
             plgpu.barrier_arrive(s["g_free"].at[g_slot])
         else:
-            last = gating.matmul(s["q"].at[before], s["k"].at[before_k].T)
+            last = gating.matmul(s["qk"].at[before], s["qk"].at[before_k].T)
             a = last if own == 1 else a + last
-            plgpu.barrier_arrive(s["qk_free"].at[before])
-            gating.write_scores(scores, a, kept, tools)
+            arrive("qk_free", before)
+            gating.write_scores(scores, a, mask, tools)
+        if at_end is not None:
+            for j in range(own):
+                at_end(slot_of(n, config.qk_slots, share * own + j, config.key_blocks))
+            plgpu.commit_smem()
         plgpu.barrier_arrive(s["scored"].at[score_slot])
 
     lax.fori_loop(jnp.int32(0), lax.div(chunks - turn + config.turns - 1, jnp.int32(config.turns)), chunk, None)
@@ -245,13 +256,11 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
     """The matmul role: runs the recurrence over the chunks for 64 columns of v."""
     blocks = config.key_blocks
     rows = lambda x: lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
-    load_factor = lambda slot, j: plgpu.layout_cast(s["factors"][slot, j], _ROWS)
-    # Two tiles in turns for the copies of the state; o takes its turn after them, or has a tile of its own.
-    own_tile = config.copies == 3
+    load_factor = lambda slot, j: plgpu.layout_cast(s["factors"][j, slot], _ROWS)
 
-    def copy_at(n, i, zero):
-        place = zero + (2 if i == blocks else i % 2) if own_tile else lax.rem(n * (blocks + 1) + i, jnp.int32(2))
-        return s["copy"].at[warpgroup, place]
+    def copy_at(n, i):
+        # Two tiles in turns for the copies of the state, and o takes its turn after them.
+        return s["copy"].at[warpgroup, lax.rem(n * (blocks + 1) + i, jnp.int32(2))]
 
     s["number"][warpgroup, 0] = jnp.int32(0)
     plgpu.commit_smem()
@@ -262,18 +271,18 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
         return plgpu.load(initial.at[pl.ds(i * CHUNK, CHUNK)], layout=plgpu.Layout.WGMMA, optimized=False)
 
     def chunk(n, carry):
-        v_slot, score_slot = _slot(n, config.v_slots), _slot(n, config.score_slots)
+        v_slot, score_slot = slot_of(n, config.v_slots), slot_of(n, config.score_slots)
         v = s["v"].at[v_slot, warpgroup]
 
         def products(o_acc):
             states, posts = (list(x) for x in carry)
             for i in range(blocks):
                 zero = s["number"][warpgroup, 0]
-                slot = _slot(n, config.qk_slots, i, blocks, zero)
+                slot = slot_of(n, config.qk_slots, i, blocks, zero)
                 plgpu.barrier_wait(s["gated"].at[slot])
-                if i == 1 and not own_tile:
+                if i == 1:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                copy = copy_at(n, i, zero)
+                copy = copy_at(n, i)
                 copy[...] = (states[i] * rows(posts[i] * load_factor(slot, 0))).astype(copy.dtype)
                 kept = states[i] * rows(posts[i] * load_factor(slot, 1))
                 posts[i] = load_factor(slot, 2)
@@ -281,10 +290,10 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
                 if i == 0:
                     plgpu.barrier_wait(s["v_loaded"].at[v_slot])
 
-                def update(state, slot=slot, i=i, zero=zero):
+                def update(state, slot=slot, i=i):
                     # Places are made here: `run_state` cannot close over constant ones.
-                    plgpu.wgmma(o_acc, s["q"].at[slot], copy_at(n, i, zero))
-                    plgpu.wgmma(state, s["k"].at[slot].T, v)
+                    plgpu.wgmma(o_acc, s["qk"].at[slot], copy_at(n, i))
+                    plgpu.wgmma(state, s["qk"].at[config.qk_slots + slot].T, v)
                     plgpu.wgmma_wait(0)
 
                 if interpret:
@@ -305,8 +314,8 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
         out, *carry = pl.run_scoped(products, _ACC)
         plgpu.barrier_arrive(s["scores_free"].at[score_slot])
         plgpu.barrier_arrive(s["v_free"].at[v_slot])
-        o_tile = copy_at(n, blocks, s["number"][warpgroup, 0])
-        if blocks == 1 or own_tile:
+        o_tile = copy_at(n, blocks)
+        if blocks == 1:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_tile[...] = (out * scale).astype(o_tile.dtype)
         plgpu.commit_smem()

@@ -58,6 +58,11 @@ class Tools(NamedTuple):
     number: Any
 
 
+def tile_memory(shape, dtype):
+    """Shared memory for [..., 64, 64] tiles, as wgmma and TMA take them."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
 def _iotas():
     """Row and column numbers of a [64, 64] tile in the accumulators' layout."""
     shape = (CHUNK, CHUNK)
@@ -102,6 +107,11 @@ def lower(a, mask):
 def along_rows(x):
     """[64, 64] with x[i] all along row i."""
     return lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
+
+
+def along_columns(x):
+    """[64, 64] with x[j] all along column j."""
+    return lax.broadcast_in_dim(x, (CHUNK, CHUNK), (1,))
 
 
 def vector(value):
@@ -246,6 +256,16 @@ def write_scores(scores, a, mask, tools):
         scores[...] = (load(scores) + load(tools.strong)).astype(scores.dtype)
 
     plgpu.commit_smem()
+
+
+def apply_factors(q, k, factors):
+    """Makes a gated tile's three factors one, kappa, in place of the first: o = q~ S + A v, S' = kappa S + k~^T v."""
+    read, keep, post = (plgpu.load(factors.at[i], layout=_COLUMNS) for i in range(3))
+    q[...] = (load(q) * along_columns(read)).astype(q.dtype)
+    k[...] = (load(k) * along_columns(post)).astype(k.dtype)
+    # All warps have read the first.
+    plgpu.commit_smem()
+    factors[0] = keep * post
 
 
 def _load_gate(g):

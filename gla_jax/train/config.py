@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from gla_jax.nn import GLAConfig
+from gla_jax.nn import CausalLMConfig, GLAConfig
+from gla_jax.nn.config import MIXERS, ModelConfig
 
 __all__ = ["InputError", "MeshConfig", "TrainConfig", "config_from_json", "config_to_json", "differences"]
 
@@ -49,8 +50,8 @@ class TrainConfig:
     """More data to train on, each PATH=WEIGHT against --data's weight of 1; what is held out is --data's."""
     pack: bool = False
     """Pack whole documents into rows, of which none sees another, in place of windows over all text."""
-    model: GLAConfig = dataclasses.field(default_factory=GLAConfig.tiny)
-    """The model; its vocabulary is the 256 bytes, or holds the tokenizer's."""
+    model: ModelConfig = dataclasses.field(default_factory=GLAConfig.tiny)
+    """The model, a GLAConfig or a CausalLMConfig; its vocabulary is the 256 bytes, or holds the tokenizer's."""
     steps: int = 2200
     """Optimizer steps in all."""
     batch: int = 4
@@ -63,8 +64,8 @@ class TrainConfig:
     """Parts that a batch is cut into along its sequences, one after another on the devices, for less memory."""
     pieces: int = 1
     """Parts that a sequence is cut into in time: each starts from the state of the one before, and gradients stop."""
-    loss_parts: int = 1
-    """Parts of a sequence whose logits are held one after another: long ones have more of them than memory has room."""
+    loss_parts: int | None = None
+    """Parts of a sequence whose logits are held one after another; None for the fewest of half a gigabyte each."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: matrices orthogonalised, all else by AdamW. adamw: the paper's."""
     learning_rate: float = 4e-3
@@ -113,7 +114,6 @@ class TrainConfig:
             "length",
             "accumulate",
             "pieces",
-            "loss_parts",
             "eval_every",
             "save_every",
             "keep",
@@ -130,7 +130,8 @@ class TrainConfig:
             self._require(name, whole % getattr(self, name) == 0, f"a divisor of --{size} = {whole}")
         each = self.length // (self.pieces * self.mesh.sequence)
         divides = f"a divisor of --length / --pieces / --mesh.sequence = {each}"
-        self._require("loss_parts", each % self.loss_parts == 0, divides)
+        parts = self.loss_parts
+        self._require("loss_parts", parts is None or (parts >= 1 and each % parts == 0), f"None or {divides}")
         self._require("pieces", self.pieces == 1 or self.mesh.sequence == 1, "1 with --mesh.sequence above 1")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample", self.sample >= 0, "at least 0")
@@ -160,11 +161,14 @@ class TrainConfig:
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values."""
-    fields = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()} | {
-        "mix": list(config.mix)
-    }
+    """The config as plain JSON values; each mixer of a CausalLMConfig has its name in MIXERS as its "kind"."""
+    fields: dict[str, Any] = dataclasses.asdict(config)
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    if isinstance(config.model, CausalLMConfig):
+        kinds = {kind: name for name, kind in MIXERS.items()}
+        mixers = [{"kind": kinds[type(mixer)], **mixer.options()} for mixer in config.model.mixers]
+        fields["model"]["mixer"] = mixers if isinstance(config.model.mixer, tuple) else mixers[0]
+    return fields | {"mix": list(config.mix)}
 
 
 def config_from_json(fields: dict[str, Any]) -> TrainConfig:
@@ -174,11 +178,23 @@ def config_from_json(fields: dict[str, Any]) -> TrainConfig:
     return TrainConfig(
         run=Path(fields.pop("run")),
         data=None if data is None else Path(data),
-        model=GLAConfig(**fields.pop("model")),
+        model=_model_from_json(fields.pop("model")),
         mesh=MeshConfig(**fields.pop("mesh", {})),
         mix=tuple(fields.pop("mix", ())),
         **fields,
     )
+
+
+def _model_from_json(fields: dict[str, Any]) -> ModelConfig:
+    def made(kind: str, **options: Any) -> Any:
+        return MIXERS[kind](**options)
+
+    if "mixer" not in fields:
+        return GLAConfig(**fields)
+    fields = dict(fields)
+    mixer = fields.pop("mixer")
+    mixer = made(**mixer) if isinstance(mixer, dict) else tuple(made(**one) for one in mixer)
+    return CausalLMConfig(mixer=mixer, **fields)
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

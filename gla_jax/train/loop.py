@@ -116,7 +116,8 @@ class _Run:
         self._progress = Progress(config.steps, config.batch * config.length, out)
         self._not_finite = 0
         peak = peak_flops()
-        self._use = None if peak is None else flops_per_token(config.model, self._program.parameters) / mesh.size / peak
+        flops = flops_per_token(config.model, self._program.parameters, config.length)
+        self._use = None if peak is None else flops / mesh.size / peak
         if mesh.size < jax.device_count():
             self._progress.note(f"on {mesh.size} of {jax.device_count()} devices: {_why_fewer(config)}")
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gla_jax.nn import GatedLinearAttentionConfig, GLAConfig
 from gla_jax.train.config import InputError, TrainConfig
 
 __all__ = ["AXES", "ROWS", "TIME", "batch_sharding", "like_params", "make_mesh"]
@@ -36,20 +37,27 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"and it must be {allowed}"
         )
     model = config.model
-    kv_heads = model.num_heads if model.num_kv_heads is None else model.num_kv_heads
+    if sizes.sequence > 1 and {type(mixer) for mixer in model.mixers} != {GatedLinearAttentionConfig}:
+        raise InputError(f"argument --mesh.sequence: must be 1 but for gated linear attention, got {sizes.sequence}")
+    prefix, heads = "--model." if isinstance(model, GLAConfig) else "--model.mixer.", []
+    for mixer in model.mixers:
+        queries = getattr(mixer, "num_heads", sizes.tensor)
+        heads.append(("tensor", sizes.tensor, f"{prefix}num-heads", queries))
+        keys = getattr(mixer, "num_kv_heads", None)
+        heads.append(("tensor", sizes.tensor, f"{prefix}num-kv-heads", queries if keys is None else keys))
     for axes, parts, flag, whole in (
         ("data x fsdp", data * sizes.fsdp, "--batch / --accumulate", rows),
         ("sequence", sizes.sequence, "--length", config.length),
-        ("tensor", sizes.tensor, "--model.num-heads", model.num_heads),
-        ("tensor", sizes.tensor, "--model.num-kv-heads", kv_heads),
+        *heads,
         ("tensor", sizes.tensor, "the width of the MLP", model.mlp_width),
         ("tensor", sizes.tensor, "--model.vocab-size", model.vocab_size),
         ("fsdp", sizes.fsdp, "--model.hidden-size", model.hidden_size),
     ):
         if whole % parts:
             raise InputError(f"argument --mesh: {axes} = {parts} must divide {flag} = {whole}")
-    if sizes.sequence > 1 and config.length // sizes.sequence < model.conv_size - 1:
-        least = sizes.sequence * (model.conv_size - 1)
+    taps = max(getattr(mixer, "conv_size", 0) for mixer in model.mixers)
+    if sizes.sequence > 1 and config.length // sizes.sequence < taps - 1:
+        least = sizes.sequence * (taps - 1)
         raise InputError(f"argument --length: must be at least {least} for the convolutions, got {config.length}")
     kind = AxisType.Auto if sizes.axes == "auto" else AxisType.Explicit
     return jax.make_mesh(shape, AXES, axis_types=(kind,) * len(AXES), devices=jax.devices()[:size])

@@ -10,22 +10,29 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int, UInt
 
 from gla_jax.array_types import Array
-from gla_jax.nn import GLAForCausalLM, param_shardings
+from gla_jax.nn import CausalLM, param_shardings
 from gla_jax.segments import segment_starts
 from gla_jax.train.config import InputError, TrainConfig
 from gla_jax.train.data import Batch
+from gla_jax.train.loss import linear_cross_entropy, weighted_nats
 from gla_jax.train.mesh import batch_sharding, like_params
 from gla_jax.train.optimizer import make_optimizer, make_schedule
 
-__all__ = ["REASONS", "Monitor", "Program", "TrainState", "make_program", "weighted_nats"]
+__all__ = ["REASONS", "SCOPES", "Monitor", "Program", "TrainState", "make_program"]
 
 # What metrics["rejected"] says: why a step has left parameters and optimizer as they were.
 REASONS = ("", "the loss is not finite", "the gradient is not finite", "the gradient's norm is a spike")
 # Steps whose norms are looked at before one can be a spike, and the weight of the newest in their running mean.
 SPIKE_AFTER, SPIKE_WEIGHT = 20, 0.05
+# Parts of a step by the names that their instructions carry in the compiled program, and so in a profile.
+SCOPES = ("embed", "mixer", "mlp", "head", "optimizer")
+# Most bytes of float32 logits on a device at a time, if the config does not say in how many parts they come.
+HELD = 2**29
+# What XLA is told for GPUs (docs/performance.md): matrix products as large as a model's are cuBLAS' own ground, and
+# which of those that share an input are made one is for the layers to say.
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class Monitor(NamedTuple):
@@ -86,8 +93,8 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     explicit = AxisType.Explicit in mesh.axis_types
     sequence_axis = "sequence" if mesh.shape["sequence"] > 1 else None
 
-    def make_model() -> GLAForCausalLM:
-        return GLAForCausalLM(config.model.replace(sequence_axis=sequence_axis), rngs=nnx.Rngs(config.seed))
+    def make_model() -> CausalLM:
+        return CausalLM(config.model.replace(sequence_axis=sequence_axis), rngs=nnx.Rngs(config.seed))
 
     graphdef, variables = nnx.split(nnx.eval_shape(make_model))
     optimizer, schedule = make_optimizer(config, variables), make_schedule(config)
@@ -107,15 +114,17 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
         loss, gradients = _mean_gradient(config, graphdef, state.params, batch)
         norm = optax.tree.norm(gradients)
         rejected, monitor = _judge(config.spike, state.monitor, loss, norm)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average is not None:
-            average = jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, average, params)
-        new = TrainState(state.step + 1, params, optimizer_state, average, monitor)
-        old = dataclasses.replace(state, step=new.step, monitor=monitor)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            average = state.average
+            if average is not None:
+                average = jax.tree.map(lambda a, p: config.ema * a + (1 - config.ema) * p, average, params)
+            new = TrainState(state.step + 1, params, optimizer_state, average, monitor)
+            old = dataclasses.replace(state, step=new.step, monitor=monitor)
+            kept = jax.tree.map(lambda new, old: jnp.where(rejected == 0, new, old), new, old)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step), "rejected": rejected}
-        return jax.tree.map(lambda new, old: jnp.where(rejected == 0, new, old), new, old), metrics
+        return kept, metrics
 
     def evaluate(params: Any, batch: Batch) -> Array:
         return _nats(config, nnx.merge(graphdef, params), batch)
@@ -133,7 +142,8 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     def compiled(f: Callable, results: Any, **options: Any) -> Callable:
         if explicit:
             f = jax.sharding.auto_axes(f, out_sharding=results)
-        run = jax.jit(f, out_shardings=results, **options)
+        is_cuda = mesh.devices.flat[0].platform == "gpu"
+        run = jax.jit(f, out_shardings=results, compiler_options=GPU_OPTIONS if is_cuda else None, **options)
 
         @functools.wraps(run)
         def call(*arguments: Any) -> Any:
@@ -154,40 +164,32 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     )
 
 
-def weighted_nats(
-    logits: Float[Array, "*rows vocab"],
-    targets: Int[Array, "*rows"] | UInt[Array, "*rows"],
-    weights: Float[Array, "*rows"] | None,
-) -> Float[Array, ""]:
-    """The weighted sum over targets [...] of -log p(target) in nats, float32; weights None for ones."""
-    logits = logits.astype(jnp.float32)
-    # Not a gather: the vocabulary may be sharded.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    losses = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(is_target, logits, 0), -1)
-    return jnp.sum(losses if weights is None else losses * weights)
-
-
-def _nats(config: TrainConfig, model: GLAForCausalLM, batch: Batch) -> Array:
+def _nats(config: TrainConfig, model: CausalLM, batch: Batch) -> Array:
     return _nats_of(config, model, model.hidden(batch.inputs.astype(jnp.int32), batch.segment_ids), batch)
 
 
-def _nats_of(config: TrainConfig, model: GLAForCausalLM, hidden: Array, batch: Batch) -> Array:
-    """The weighted sum of nats from the last activations [b, t, d], config.loss_parts of the logits at a time."""
+def _nats_of(config: TrainConfig, model: CausalLM, hidden: Array, batch: Batch) -> Array:
+    """The weighted sum of nats from the last activations [b, t, d], with a part of the logits at a time."""
+    parts = config.loss_parts or _fewest_parts(config, hidden.shape[:2], model.config.vocab_size)
+    with jax.named_scope("head"):
+        if parts == 1:
+            return weighted_nats(model.logits(hidden), batch.targets, batch.weights)
 
-    @jax.checkpoint
-    def part(total: Array, x: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
-        hidden, targets, weights = x
-        return total + weighted_nats(model.logits(hidden), targets, weights), None
+        def cut(x: Array) -> Array:  # [parts, b, devices, ...]: of each device's time a part
+            x = x.reshape(x.shape[0], config.mesh.sequence, parts, -1, *x.shape[2:])
+            return jnp.moveaxis(x, 2, 0)
 
-    if config.loss_parts == 1:
-        return weighted_nats(model.logits(hidden), batch.targets, batch.weights)
+        hidden, targets, weights = jax.tree.map(cut, (hidden, batch.targets, batch.weights))
+        return linear_cross_entropy(hidden, model.output_weight(hidden.dtype), targets, weights)
 
-    def cut(x: Array) -> Array:  # [parts, b, devices, ...]: of each device's time a part
-        x = x.reshape(x.shape[0], config.mesh.sequence, config.loss_parts, -1, *x.shape[2:])
-        return jnp.moveaxis(x, 2, 0)
 
-    xs = jax.tree.map(cut, (hidden, batch.targets, batch.weights))
-    return jax.lax.scan(part, jnp.float32(0), xs)[0]
+def _fewest_parts(config: TrainConfig, shape: tuple[int, ...], vocab: int) -> int:
+    """The least number that divides each device's tokens of a row, and makes its logits no more than HELD bytes."""
+    rows, time = shape
+    each = time // config.mesh.sequence
+    mesh = jax.sharding.get_abstract_mesh()
+    held = 4 * rows * time * vocab / (1 if mesh.empty else mesh.size)
+    return next(parts for parts in range(1, each + 1) if each % parts == 0 and (held <= parts * HELD or parts == each))
 
 
 def _mean_gradient(config: TrainConfig, graphdef: Any, params: Any, batch: Batch) -> tuple[Array, Any]:

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
-from gla_jax.nn import GLAConfig
+from gla_jax.nn import SoftmaxAttentionConfig
+from gla_jax.nn.config import ModelConfig
+from gla_jax.nn.recurrent import MixerConfig
 from gla_jax.train.config import InputError, TrainConfig
 
 __all__ = ["Trackers", "flops_per_token", "memory_gb", "peak_flops"]
@@ -25,15 +28,23 @@ PEAKS = {
 }
 
 
-def flops_per_token(model: GLAConfig, parameters: int) -> float:
-    """Operations of a training step a token: 6 a parameter that multiplies, and 12 k v a head for the recurrence.
+def flops_per_token(model: ModelConfig, parameters: int, length: int = 0) -> float:
+    """Operations of a training step a token: 6 a parameter that multiplies, and 12 a number of a layer's state.
 
-    The backward counts twice the forward, and what remat computes again not at all (as in arXiv 2204.02311, appendix B,
+    A token of softmax attention multiplies with what it sees of `length` tokens instead, on average, k and v each. The
+    backward counts twice the forward, and what remat computes again not at all (as in arXiv 2204.02311, appendix B,
     for the model's FLOPs utilisation). Lookups multiply nothing: an embedding counts if it is also the output layer.
     """
     looked_up = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-    key, value = (int(model.hidden_size * x) // model.num_heads for x in (model.expand_k, model.expand_v))
-    return 6.0 * (parameters - looked_up) + 12.0 * model.num_layers * model.num_heads * key * value
+
+    def mixing(mixer: MixerConfig) -> int | float:
+        layer: Any = nnx.eval_shape(lambda: mixer.build(model.hidden_size, rngs=nnx.Rngs(0)))
+        if isinstance(mixer, SoftmaxAttentionConfig):
+            return mixer.num_heads * layer.head_size * min(length, mixer.window or length) / 2
+        return jax.eval_shape(lambda: layer.init_cache(1))["state"].size
+
+    layers = sum(mixing(mixer) for mixer in model.mixers) * model.num_layers / len(model.mixers)
+    return 6.0 * (parameters - looked_up) + 12.0 * layers
 
 
 def peak_flops() -> float | None:

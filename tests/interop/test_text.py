@@ -2,9 +2,9 @@
 
 import pytest
 
+from gla_jax.files import CheckpointError
 from gla_jax.interop import load_tokenizer, stream_text
 from gla_jax.interop.text import _pieces
-from gla_jax.safetensors import CheckpointError
 from tests.nn.family import CONFIGS
 from tests.nn.options import build
 

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gla_jax.nn import GatedLinearAttention, LayerNorm
+from gla_jax.nn.attention import _log_decay
 from gla_jax.nn.recurrent import check_common
 
 FEATURE_MAPS = {
@@ -99,11 +101,12 @@ def test_short_convolutions_stand_before_the_feature_map():
     # With taps (0, 0, 1) the convolution is the identity, and only its silu is left.
     for conv in (layer.q_conv, layer.k_conv, layer.v_conv):
         conv.kernel[...] = jnp.zeros_like(conv.kernel[...]).at[-1].set(1)
-    q, k, v, g = bare._arguments({name: jax.nn.silu(p) for name, p in bare._streams(x).items()}, x, None, None).values()
+    streams = {name: jax.nn.silu(p) if "conv" in name else p for name, p in bare._streams(x).items()}
+    q, k, v, g = bare._arguments(streams, x, None, None).values()
     from gla_jax import gated_linear_attention
 
     o, _ = gated_linear_attention(q, k, v, g)
-    np.testing.assert_allclose(layer(x), bare._output(o, x, {}, {}), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer(x), bare._output(o, x, streams, {}), rtol=1e-5, atol=1e-6)
 
 
 def test_gates_are_float32_and_states_too():
@@ -170,3 +173,17 @@ def test_what_beartype_refuses_here_is_named_elsewhere():
     ):
         with pytest.raises(ValueError, match="^" + re.escape(says) + "$"):
             inspect.unwrap(check_common)(*arguments)
+
+
+def test_gradients_of_the_gate_are_those_of_its_equation():
+    keys = jax.random.split(jax.random.key(0), 4)
+    low, up = jax.random.normal(keys[0], (2, 7, 3)), 4 * jax.random.normal(keys[1], (3, 5))
+    bias, dg = jax.random.normal(keys[2], (5,)), jax.random.normal(keys[3], (2, 7, 5))
+    plain = lambda low, up, bias: jax.nn.log_sigmoid(low @ up + bias) / 16
+    found, wanted = (jax.vjp(f, low, up, bias)[1](dg) for f in (functools.partial(_log_decay, 16.0), plain))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    half = low.astype(jnp.bfloat16), up.astype(jnp.bfloat16), bias
+    rounded, _, _ = jax.vjp(functools.partial(_log_decay, 16.0), *half)[1](dg)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded.astype(jnp.float32), wanted[0], rtol=0.05, atol=0.02)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gla_jax.files import CheckpointError
 from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, load_state, read_prompt, save_state, stream
-from gla_jax.nn.generate import _checked_draw, _checked_start, _checked_stops, _generate, sample
-from gla_jax.safetensors import CheckpointError
+from gla_jax.nn.generate import _checked_draw, _checked_start, _checked_stops, _compiled, _generate, sample
 
 from .family import CONFIGS
 from .options import OPTIONS, build, forward, tokens
@@ -147,7 +147,8 @@ def test_memory_does_not_depend_on_lengths():
         from gla_jax.nn.generate import _Draw, _How
 
         shape = jax.ShapeDtypeStruct((1, prompt), jnp.int32)
-        lowered = _generate.lower(graphdef, params, shape, None, _Draw(None, None, None), new, _How(None, (), 1, 128))
+        program = _compiled(_generate, static=(0, 5, 6))
+        lowered = program.lower(graphdef, params, shape, None, _Draw(None, None, None), new, _How(None, (), 1, 128))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(256, 16), temporaries(256 * 64, 16 * 64)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from gla_jax.nn import DEFAULT_RULES, GLAForCausalLM, create_sharded, param_shardings
+from gla_jax.nn.sharding import MANY_ROWS, dot, linear, side_by_side
 
 from .options import OPTIONS, build, forward, tokens
 
@@ -138,3 +139,31 @@ def test_time_sharded_over_an_axis(kind):
         )
     assert sent[0] == sent[1]
     assert any(kind == "collective-permute" for _, kind in sent[0])
+
+
+@pytest.mark.parametrize("rows", [16, 512, 5632])
+def test_a_single_row_s_product_on_a_gpu_is_the_product(rows, monkeypatch):
+    x, w = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate([(1, rows), (rows, 48)]))
+    want = jnp.dot(x, w, preferred_element_type=jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    made = dot(x, w, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(made, want, rtol=1e-4, atol=1e-3)
+    assert dot(x, w).dtype == jnp.bfloat16
+    assert "reduce_sum" in str(jax.make_jaxpr(dot)(x, w))
+    assert "reduce_sum" not in str(jax.make_jaxpr(dot)(jnp.tile(x, (2, 1)), w))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_with_the_same_input_are_one_where_rows_are_many(bias):
+    rngs = nnx.Rngs(0)
+    common = {"bias": bias, "init_std": 0.1, "dtype": jnp.bfloat16, "param_dtype": jnp.float32, "rngs": rngs}
+    layers = [linear(8, width, ("embed", "heads"), **common) for width in (4, 6, 2)]
+    for layer in layers if bias else ():
+        layer.bias[...] = jnp.arange(layer.out_features, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, MANY_ROWS // 2, 8))
+    beside = jax.jit(lambda x: side_by_side(layers, x))
+    for found, layer in zip(beside(x), layers, strict=True):
+        np.testing.assert_array_equal(found, layer(x))
+    count = lambda x: beside.lower(x).as_text().count("dot_general")
+    assert count(x) == 1
+    assert count(x[:1]) == 3

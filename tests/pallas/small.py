@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 GATES = ("mild", "strong", "mixed", "resets", "one channel", "late")
@@ -74,3 +76,10 @@ def recurrence_gradients(q, k, v, g, scale, state, do, dfinal):
         dg[:, i] = decay[:, i] * (states[i] * ds).sum(-1)
         ds = decay[:, i, :, :, None] * ds
     return dq, dk, dv, dg, ds
+
+
+def interpreted(f, *args, **kwargs):
+    """Runs f in the interpreter, with its race detector, which must find nothing."""
+    out = jax.block_until_ready(f(*args, **kwargs, interpret=plgpu.InterpretGPUParams(detect_races=True)))
+    assert not get_races().races_found
+    return out

@@ -1,14 +1,16 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gla_jax import gated_linear_attention, pallas
 from gla_jax.pallas.backward import backward
-from gla_jax.pallas.backward_config import BackwardConfig, choose_backward
+from gla_jax.pallas.backward_config import BackwardConfig, choose_backward, choose_time_parts
 
+from . import small
 from .small import GATES, arguments, lower_for_h100, recurrence_gradients, relative
 
 # b, t, h, hk, k, v: both tunings, tails of a chunk, padded k and v, grouped heads, parts of k and v.
@@ -25,8 +27,7 @@ TOLERANCE = {"bfloat16": (1.5e-2, 8e-3), "float16": (5e-3, 5e-3)}
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def interpreted(*args, **kwargs):
-    return backward(*args, **kwargs, interpret=plgpu.InterpretGPUParams(detect_races=True))
+interpreted = functools.partial(small.interpreted, backward)
 
 
 def cotangents(v, heads, state, dtype, scale=1.0):
@@ -86,13 +87,55 @@ def test_without_states():
 
 
 @pytest.mark.exhaustive
-def test_without_the_compilers_barriers():
-    config = dataclasses.replace(choose_backward(128, jnp.dtype("bfloat16")), auto_barriers=False)
-    run = lambda *args: interpreted(*args, config=config)
-    check(run, "mixed", 1, 70, 1, 1, 128, 128)
+@pytest.mark.parametrize("gate", ["a token", "none"])
+def test_a_gate_a_token_and_none(gate):
+    q, k, v, g, state = arguments("mild", 1, 20, 1, 64, 64, gate_dtype="float32")
+    g = g[..., 0] if gate == "a token" else None
+    do, dfinal = cotangents(v, 1, state, "bfloat16")
+    got = interpreted(q, k, v, g, 1.0, state, do, dfinal)
+    wide = jnp.zeros(k.shape) if g is None else jnp.broadcast_to(g[..., None], k.shape)
+    want = list(recurrence_gradients(q, k, v, wide, 1.0, state, do, dfinal))
+    if g is None:
+        assert got.g is None
+        assert max(relative(x, y) for x, y in zip(got, want, strict=True) if x is not None) < 8e-3
+        return
+    want[3] = want[3].sum(-1)
+    assert got.g.dtype == jnp.float32
+    assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
 
 
-@pytest.mark.parametrize(("dtype", "states"), [("bfloat16", False), ("float16", True)])
+@pytest.mark.parametrize(("power", "kernels"), [(1, 3), pytest.param(2, 4, marks=pytest.mark.exhaustive)])
+def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch):
+    """The forward's, once more only if its output is needed again, and two of the backward."""
+    monkeypatch.setattr(pallas, "why_unsupported", functools.partial(pallas.why_unsupported, platform="hopper"))
+    monkeypatch.setattr("gla_jax.attention.runs_on_one_device", lambda q: True)
+    # As with many heads: the forward in one pass.
+    monkeypatch.setattr("gla_jax.pallas.config._FEW", 1)
+
+    def loss(q, k, v, g):
+        o, _ = gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")
+        return (o.astype(jnp.float32) ** power).sum()
+
+    x = jax.ShapeDtypeStruct((1, 128, 1, 64), "bfloat16")
+    f = jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2, 3))
+    assert lower_for_h100(f, x, x, x, x).as_text().count("@mosaic_gpu") == kernels
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("kind", "shape"), [("mild", SHAPES[1]), ("mixed", (2, 200, 2, 1, 128, 128))], ids=str)
+def test_a_sequence_in_parts(kind, shape):
+    config = dataclasses.replace(choose_backward(shape[4], jnp.dtype("bfloat16")), time_parts=2)
+    check(lambda *args: interpreted(*args, config=config), kind, *shape)
+
+
+def test_few_blocks_cut_the_sequence():
+    """132 multiprocessors, and no part under 8 chunks."""
+    assert [choose_time_parts(blocks, 128) for blocks in (4, 32, 64, 128, 256)] == [16, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "states"), [("bfloat16", True), pytest.param("float16", False, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize(
     "shape", [LARGE[0], *(pytest.param(x, marks=pytest.mark.exhaustive) for x in LARGE[1:])], ids=str
 )
@@ -116,20 +159,18 @@ def test_config_is_checked():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1000, 4, 2, 64, 128), (2, 300, 60, 60, 128, 256)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1100, 4, 2, 64, 128), (2, 300, 60, 60, 128, 256)], ids=str)
 @pytest.mark.parametrize("kind", GATES)
 def test_on_the_gpu(kind, shape, dtype):
     check(jax.jit(backward, static_argnums=4), kind, *shape, dtype=dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("auto_barriers", [True, False])
 @pytest.mark.parametrize("kind", GATES)
-def test_same_bits_from_run_to_run(kind, auto_barriers):
+def test_same_bits_from_run_to_run(kind):
     q, k, v, g, state = arguments(kind, 2, 1000, 60, 128, 128)
     do, dfinal = cotangents(v, 60, state, "bfloat16")
-    config = dataclasses.replace(choose_backward(128, q.dtype), auto_barriers=auto_barriers)
-    run = jax.jit(lambda *args: backward(*args[:4], 1.0, *args[4:], config=config))
+    run = jax.jit(lambda *args: backward(*args[:4], 1.0, *args[4:]))
     first = jax.device_get(run(q, k, v, g, state, do, dfinal))
     for _ in range(50):
         for x, y in zip(first, jax.device_get(run(q, k, v, g, state, do, dfinal)), strict=True):

@@ -1,14 +1,15 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas import forward, why_unsupported
-from gla_jax.pallas.config import choose_forward
+from gla_jax.pallas.config import ForwardConfig, choose_forward
 
+from . import small
 from .small import GATES, arguments, lower_for_h100, recurrence, relative
 
 # b, t, h, hk, k, v: every tuning, tails of a chunk, padded k and v, grouped heads.
@@ -21,14 +22,14 @@ SHAPES = [
     (2, 8192, 16, 64, 128),
     (8, 2048, 4, 128, 256),
     (8, 2048, 4, 256, 512),
+    (1, 16384, 4, 256, 512),
     (2, 192, 2, 32, 64),
 ]
 # Numpy, which the interpreter computes with, warns of sums of -inf that the kernel makes to find them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def interpreted(*args, **kwargs):
-    return forward(*args, **kwargs, interpret=plgpu.InterpretGPUParams(detect_races=True))
+interpreted = functools.partial(small.interpreted, forward)
 
 
 def check(run, kind, b, t, h, hk, k, v, dtype="bfloat16", **kwargs):
@@ -52,10 +53,19 @@ def test_shapes(kind, shape):
     check(interpreted, kind, *shape)
 
 
-@pytest.mark.parametrize("kind", ["mild", "mixed"])
-def test_two_matmul_warpgroups(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["mild", pytest.param("mixed", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("k", [64, 128, pytest.param(256, marks=pytest.mark.exhaustive)])
+def test_as_with_many_heads(kind, k, monkeypatch):
+    """One pass for k up to 128, and two warpgroups with states."""
     monkeypatch.setattr("gla_jax.pallas.config._FULL", 1)
-    check(interpreted, kind, 1, 70, 1, 1, 128, 128)
+    monkeypatch.setattr("gla_jax.pallas.config._FEW", 1)
+    check(interpreted, kind, 1, 70, 2, 1, k, 128)
+
+
+@pytest.mark.exhaustive
+def test_split_sequences():
+    """Of 17 chunks, two parts of 9 and 8."""
+    check(interpreted, "late", 1, 1050, 2, 1, 64, 64)
 
 
 @pytest.mark.parametrize("kind", ["mild", "late"])
@@ -126,14 +136,18 @@ def test_why_unsupported():
 
 
 def test_config_is_checked():
-    good = choose_forward(64, 128, 32, jnp.dtype("bfloat16"))
+    choose = lambda k, v, heads, chunks=32: choose_forward(k, v, heads, chunks, jnp.dtype("bfloat16"))
+    good = choose(64, 128, 32)
     with pytest.raises(ValueError, match="registers"):
         dataclasses.replace(good, gate_registers=256)
     with pytest.raises(ValueError, match="must divide"):
         dataclasses.replace(good, block_gaters=2)
     with pytest.raises(ValueError, match="qk_slots=3 must be a multiple of 2"):
         dataclasses.replace(good, qk_slots=3)
-    assert choose_forward(128, 128, 128, jnp.dtype("bfloat16")) != choose_forward(128, 128, 32, jnp.dtype("bfloat16"))
+    assert isinstance(choose(128, 128, 128), ForwardConfig)
+    assert choose(256, 512, 32)[1].splits == 1
+    assert choose(256, 512, 4, 256)[1].splits == 8
+    assert choose(256, 512, 1, 7)[1].splits == 1
 
 
 @pytest.mark.gpu

@@ -123,7 +123,7 @@ def test_short_pieces_and_no_devices_are_refused():
         make_mesh(config)
     with pytest.raises(InputError, match=r"^argument --mesh.fsdp: must be at least 1, got 0$"):
         MeshConfig(fsdp=0)
-    with pytest.raises(InputError, match=r"^argument --loss-parts: must be a divisor of .* = 8, got 3$"):
+    with pytest.raises(InputError, match=r"^argument --loss-parts: must be None or a divisor of .* = 8, got 3$"):
         config_of((1, 1, 1, 8), loss_parts=3)
     with pytest.raises(InputError, match=r"^argument --pieces: must be 1 with --mesh.sequence above 1, got 2$"):
         config_of((1, 1, 1, 8), pieces=2)

@@ -6,7 +6,7 @@ import pytest
 from gla_jax.train.config import MeshConfig
 from gla_jax.train.data import Batch
 from gla_jax.train.mesh import make_mesh
-from gla_jax.train.step import REASONS, Monitor, _judge, make_program, weighted_nats
+from gla_jax.train.step import REASONS, Monitor, _fewest_parts, _judge, make_program
 
 from .small import MODEL, small
 
@@ -18,17 +18,6 @@ BATCH = Batch(TOKENS[:, :-1], TOKENS[:, 1:])
 @pytest.fixture(scope="module")
 def program():
     return make_program(CONFIG, make_mesh(CONFIG))
-
-
-def test_nats_are_the_weighted_negative_log_likelihood():
-    logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 5)), jnp.bfloat16)
-    targets, weights = jnp.array([[1, 2, 3], [3, 2, 1]]), jnp.array([[1.0, 0.0, 2.0], [1.0, 1.0, 0.5]])
-    total = weighted_nats(logits, targets, weights)
-    likelihood = jax.nn.log_softmax(logits.astype(jnp.float32))
-    each = np.array([[-float(likelihood[i, j, targets[i, j]]) for j in range(3)] for i in range(2)])
-    np.testing.assert_allclose(total, np.sum(each * weights), rtol=1e-6)
-    np.testing.assert_allclose(weighted_nats(logits, targets, None), np.sum(each), rtol=1e-6)
-    assert total.dtype == jnp.float32
 
 
 def test_steps_learn_and_count(program):
@@ -192,3 +181,10 @@ def test_packed_documents_learn_as_separate_rows():
         results.append(program.train(program.initialize(), program.place(batch))[1])
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-5)
+
+
+def test_logits_come_in_parts_of_half_a_gigabyte():
+    config = small("r", mesh=ONE)
+    assert _fewest_parts(config, (8, 2048), 256) == 1
+    assert _fewest_parts(config, (8, 2048), 32000) == 4
+    assert _fewest_parts(config, (1, 3), 10**9) == 3  # no less than a token

@@ -1,4 +1,4 @@
-"""The reader against files cut, forged and foreign; the writer against the reader."""
+"""Files cut, forged and foreign, and in shards; what is written against what is read."""
 
 import json
 
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gla_jax.safetensors import CheckpointError, open_checkpoint, save_checkpoint, write
+from gla_jax.files import CheckpointError, open_checkpoint, save_checkpoint, write
 
 
 def arrays():
@@ -32,14 +32,14 @@ def test_what_is_written_is_read(tmp_path, shard_bytes):
     assert (tmp_path / "model.safetensors").exists() == (shard_bytes == 10**6)
 
 
-def test_the_layout_is_the_format_s(tmp_path):
-    path = tmp_path / "x.safetensors"
-    write(path, {"a": np.arange(3, dtype=np.int32)})
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    assert length % 8 == 0
-    assert json.loads(raw[8 : 8 + length])["a"] == {"dtype": "I32", "shape": [3], "data_offsets": [0, 12]}
-    assert raw[8 + length :] == np.arange(3, dtype=np.int32).tobytes()
+def test_any_memory_order_is_written_as_it_reads(tmp_path):
+    path, turned = tmp_path / "x.safetensors", np.arange(6, dtype=np.float32).reshape(2, 3).T
+    write(path, {"turned": turned, "strided": np.arange(8)[::2], "number": np.array(3.0)})
+    found = open_checkpoint(path)
+    np.testing.assert_array_equal(found["turned"].read(), turned)
+    np.testing.assert_array_equal(found["turned"]._replace(rows=slice(1, 3)).read(), turned[1:3])
+    np.testing.assert_array_equal(found["strided"].read(), [0, 2, 4, 6])
+    assert found["number"].shape == ()
 
 
 def forged(path, header, data=b""):
@@ -65,7 +65,15 @@ def forged(path, header, data=b""):
 )
 def test_an_entry_that_does_not_add_up_is_refused(tmp_path, entry):
     path = forged(tmp_path / "x.safetensors", {"w": entry}, bytes(8))
-    with pytest.raises(CheckpointError, match=r"the header's entry of 'w' is not one of safetensors"):
+    with pytest.raises(CheckpointError, match=r"x.safetensors: is no safetensors file \(.*\)$"):
+        open_checkpoint(path)
+
+
+def test_dtypes_that_numpy_lacks_are_refused(tmp_path):
+    path = forged(
+        tmp_path / "x.safetensors", {"w": {"dtype": "F8_E5M2", "shape": [8], "data_offsets": [0, 8]}}, bytes(8)
+    )
+    with pytest.raises(CheckpointError, match=r"w is F8_E5M2, which is not one of F64, F32"):
         open_checkpoint(path)
 
 
