@@ -41,14 +41,14 @@ MODELS: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"length": 32, "pairs": 2, "vocab": 16, "width": 16, "batch": 4, "steps": 3, "rates": [3e-3], "seeds": 1},
     "cpu": {
-        "length": 128,
+        "length": 64,
         "pairs": 8,
         "vocab": 64,
         "width": 64,
-        "batch": 32,
-        "steps": 600,
-        "rates": [5e-3],
-        "seeds": 2,
+        "batch": 64,
+        "steps": 1000,
+        "rates": [4e-3],
+        "seeds": 1,
     },
     "h100": {
         "length": 256,

@@ -18,7 +18,7 @@ PAGES = ("README.md", "docs/performance.md", "docs/experiments.md")
 def records(what: str) -> list[tuple[str, dict]]:
     """Name and content of each committed result of one kind."""
     found = ((path.stem, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json")))
-    return [(name, record) for name, record in found if record["what"] == what]
+    return [(name, record) for name, record in found if record.get("what") == what]
 
 
 def op_table() -> str:
@@ -31,6 +31,33 @@ def op_table() -> str:
         lines += ["| | forward, ms | forward + backward, ms |", "|---|---|---|"]
         for name, row in record["milliseconds"].items():
             lines.append(f"| {name} | {row['forward']:.2f} | {row['forward + backward']:.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def backward_table() -> str:
+    """Milliseconds of the backward's kernels, by shape and gates."""
+    lines = ["| b, t, h, k, v | gates | backward, ms | on |", "|---|---|---|---|"]
+    for _, record in records("backward_gpu"):
+        for row in record["results"]:
+            if row["group"] == "times":
+                shape = ", ".join(map(str, row["shape"]))
+                where = f"{record['device']}, {record['date'][:10]}"
+                gates = row["gates"] + (f", time in {row['time_parts']} parts" if "time_parts" in row else "")
+                lines.append(f"| {shape} | {gates} | {row['backward']['ms']:.3f} | {where} |")
+    return "\n".join(lines) + "\n"
+
+
+def decode_table() -> str:
+    """Tokens a second of decoding, by batch and place."""
+    lines = []
+    for path in sorted(RESULTS.glob("decode-*.json")):
+        record = json.loads(path.read_text())
+        lines += [f"{record['parameters']:,} parameters, {record['device']}, {record['date'][:10]}:", ""]
+        lines += ["| batch | after | tokens/s | ms a token |", "|---|---|---|---|"]
+        for row in (*record["positions"], record["many rows"]):
+            after = f"{row['position']:,} tokens" if "position" in row else "the prompt"
+            lines.append(f"| {row['batch']} | {after} | {row['tokens_per_s']:,.0f} | {row['ms_per_token']:.2f} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -122,6 +149,8 @@ TABLES = {
     "op timings": op_table,
     "training steps": train_table,
     "op plots": op_plots,
+    "backward": backward_table,
+    "decoding": decode_table,
     "mqar": lambda: experiment_table("mqar"),
     "ladder": lambda: experiment_table("ladder"),
     "extrapolation": extrapolation_table,
