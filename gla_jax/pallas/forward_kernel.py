@@ -268,7 +268,10 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
     def start(i):
         if initial is None:
             return gating.nothing(_F32)
-        return plgpu.load(initial.at[pl.ds(i * CHUNK, CHUNK)], layout=plgpu.Layout.WGMMA, optimized=False)
+        # From zeros, which vary over the axes of a mesh as what is added to them does.
+        return gating.nothing(_F32) + plgpu.load(
+            initial.at[pl.ds(i * CHUNK, CHUNK)], layout=plgpu.Layout.WGMMA, optimized=False
+        )
 
     def chunk(n, carry):
         v_slot, score_slot = slot_of(n, config.v_slots), slot_of(n, config.score_slots)

@@ -123,7 +123,10 @@ def _carry(s, warpgroup, c, first, chunks, scale, interpret, *, initial, final, 
     def start(i):
         if initial is None:
             return gating.nothing(_F32)
-        return plgpu.load(initial.at[:, pl.ds(i * CHUNK, CHUNK)], layout=plgpu.Layout.WGMMA, optimized=False)
+        # From zeros, which vary over the axes of a mesh as what is added to them does.
+        return gating.nothing(_F32) + plgpu.load(
+            initial.at[:, pl.ds(i * CHUNK, CHUNK)], layout=plgpu.Layout.WGMMA, optimized=False
+        )
 
     def v_free(n):
         if o is not None:

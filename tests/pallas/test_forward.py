@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from gla_jax.pallas import forward, why_unsupported
 from gla_jax.pallas.config import ForwardConfig, choose_forward
@@ -112,6 +113,19 @@ def test_a_gate_a_token_lowers(shape):
     wide, values = (jax.ShapeDtypeStruct((b, t, h, n), "bfloat16") for n in (k, v))
     gate = jax.ShapeDtypeStruct((b, t, h), "float32")
     lower_for_h100(lambda q, k, v, g: forward(q, k, v, g, 1.0), wide, wide, values, gate)
+
+
+@pytest.mark.parametrize("few", [1, 33], ids=["one pass", "two passes"])
+def test_traces_inside_shard_map(few, monkeypatch):
+    monkeypatch.setattr("gla_jax.pallas.config._FEW", few)
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=small.H100)
+    wide, state = jax.ShapeDtypeStruct((2, 1100, 1, 64), "bfloat16"), jax.ShapeDtypeStruct((2, 1, 64, 64), "float32")
+    spec = jax.P("data")
+    call = lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True)
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=(spec,) * 5, out_specs=(spec, spec))
+    with jax.sharding.use_abstract_mesh(mesh):
+        o, final = jax.eval_shape(sharded, wide, wide, wide, wide, state)
+    assert (o.shape, final.shape) == (wide.shape, state.shape)
 
 
 def test_lowers_with_64_bit_types():
