@@ -101,8 +101,8 @@ print("float32: ", why_unsupported(*inputs(1, 128, 1, 64, 64, jnp.float32)))
 # ## In the interpreter
 #
 # Pallas interprets the kernel on a CPU, with its barriers, asynchronous copies and warpgroups as threads. It is slow, and it tells what a
-# GPU would not: its detector prints races. (At most one is known here, and does no harm: two gaters that write the same tile of
-# zeros.) A block has warpgroups in three roles that work on neighbouring tiles at the same time: a loader,
+# GPU would not: its detector prints a line for each race (none here).
+# A block has warpgroups in three roles that work on neighbouring tiles at the same time: a loader,
 # a gater (queries and keys times their decays, and the scores), and one that multiplies and carries the state.
 
 # %%
