@@ -25,7 +25,13 @@ def test_the_pair_agrees_and_cells_are_short(path):
     assert all(output.output_type != "error" for output in outputs)
 
 
-@pytest.mark.large
-@pytest.mark.parametrize("path", SOURCES, ids=[path.stem for path in SOURCES])
+# The three that train for a minute or more are for `make exhaustive`.
+RUN = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.exhaustive if path.stem[0] in "345" else pytest.mark.large)
+    for path in SOURCES
+]
+
+
+@pytest.mark.parametrize("path", RUN)
 def test_runs(path):
     notebooks.run(path)
