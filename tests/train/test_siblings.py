@@ -35,7 +35,10 @@ def test_settings_survive_json(name):
 
 
 # The normal suite trains one; `make exhaustive` all.
-@pytest.mark.parametrize("name", [n if n == "linear" else pytest.param(n, marks=pytest.mark.exhaustive) for n in MODELS])
+OTHERS = [pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS if name != "linear"]
+
+
+@pytest.mark.parametrize("name", ["linear", *OTHERS])
 def test_it_trains_and_is_restored(name, tmp_path, text):
     alone = MeshConfig(data=1)  # compiles in a fraction of the time
     config = small(tmp_path / "run", data=text, model=MODELS[name], steps=3, eval_every=3, batch=4, mesh=alone)
