@@ -27,6 +27,7 @@ def config(tmp_path, text):
     return small(tmp_path / "run", data=text, optimizer="adamw")
 
 
+@pytest.mark.large
 def test_sigterm_saves_and_the_run_goes_on_as_if_it_had_not_been(config, tmp_path, monkeypatch, capsys):
     whole = dataclasses.replace(config, run=tmp_path / "whole")
     train(whole, io.StringIO())
@@ -96,6 +97,7 @@ cat "$run"/log.jsonl
 """
 
 
+@pytest.mark.large
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, for a small disk")
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, text):
     one = tmp_path / "one"

@@ -57,6 +57,7 @@ def losses(run):
     return [record["loss"] for record in records(run) if "loss" in record]
 
 
+@pytest.mark.large
 def test_two_processes_killed_and_called_again_end_as_uninterrupted(tmp_path, text):
     mesh = ("--mesh.fsdp=2",)
     whole, run = tmp_path / "whole", tmp_path / "run"
