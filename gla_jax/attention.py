@@ -124,7 +124,7 @@ def _pick(wanted, q, k, v, g, options) -> str:
     if wanted is None:
         wanted = tuple(_IMPLEMENTATIONS)
     names = (wanted,) if isinstance(wanted, str) or not isinstance(wanted, Sequence) else tuple(wanted)
-    unknown = [name for name in names if name not in _IMPLEMENTATIONS]
+    unknown = [name for name in names if not isinstance(name, str) or name not in _IMPLEMENTATIONS]
     if unknown or not names:
         allowed = ", ".join(map(repr, _IMPLEMENTATIONS))
         raise ValueError(f"implementation must be None, of {allowed}, or a sequence of these, got {wanted!r}")

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import math
 import runpy
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,7 +130,8 @@ def _train(config: TrainConfig) -> None:
         model, tokenizer = load_model(result.run), run_tokenizer(result.run)
         _print_stream(continue_text(model, "", length=config.sample, seed=config.seed, tokenizer=tokenizer))
     print(f"settings, log and checkpoints: {result.run}")
-    print(f'more text: gla-jax sample {result.run} "To be"')
+    command = "gla-jax" if shutil.which("gla-jax") else shlex.quote(sys.argv[0])
+    print(f'more text: {command} sample {shlex.quote(str(result.run))} "To be"')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,7 @@ OP = {
         ("initial_state", "(1, 2, 3, 5)", "[n, hk, k, v] = (2, 2, 3, 5)"),
     ),
     "implementation": Refusal({"implementation": "triton"}, ("implementation", "'triton'", "'xla'", "'reference'")),
+    "implementation of lists": Refusal({"implementation": [["xla"]]}, ("implementation", "[['xla']]", "'reference'")),
     "implementation in turn": Refusal(
         {"implementation": ("cuda", "xla")}, ("implementation", "'cuda'", "'xla'", "'reference'")
     ),

@@ -63,12 +63,17 @@ def load_config(folder: Path) -> TrainConfig:
 def _claim(folder: Path, config: TrainConfig, corpus_sha256: str) -> None:
     given = {**config_to_json(config), "corpus_sha256": corpus_sha256}
     path = folder / CONFIG
-    if not path.exists():
-        if others := sorted(p.name for p in folder.iterdir() if p.name not in (LOCK, path.with_suffix(".tmp").name)):
-            raise InputError(f"argument --run: {folder} has {others[0]} and no {CONFIG}; give a new or empty folder")
-        fresh = path.with_suffix(".tmp")
+    fresh = path.with_suffix(".tmp")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (LOCK, CONFIG, fresh.name))
+
+    def write() -> None:
         fresh.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
         fresh.replace(path)
+
+    if not path.exists():
+        if others:
+            raise InputError(f"argument --run: {folder} has {others[0]} and no {CONFIG}; give a new or empty folder")
+        write()
         return
     try:
         saved = _read(path)
@@ -81,7 +86,10 @@ def _claim(folder: Path, config: TrainConfig, corpus_sha256: str) -> None:
     changed = differences(old, new)
     if not same_text and saved.get("data") == given["data"]:
         changed.append("--data (its text has changed)")
-    if changed:
+    if changed and "corpus_sha256" in saved and not others:
+        # A run that was refused, or stopped before its first step: nothing would be lost.
+        write()
+    elif changed:
         raise InputError(
             f"argument --run: {folder} holds a run with other settings: {', '.join(changed)}; "
             "give the same settings to go on with it, or another --run"

@@ -42,13 +42,22 @@ def test_a_folder_explains_itself_and_opens_again(tmp_path):
 )
 def test_a_run_of_other_settings_is_refused_by_name(tmp_path, changes, sha256, named):
     with open_run(small(tmp_path), "abc"):
-        pass
+        (tmp_path / "log.jsonl").touch()
     with pytest.raises(InputError) as error, open_run(small(tmp_path, **changes), sha256):
         pass
     message = str(error.value)
     assert message.startswith(f"argument --run: {tmp_path} holds a run with other settings: {named}")
     assert message.endswith("give the same settings to go on with it, or another --run")
     assert "\n" not in message
+
+
+def test_a_run_that_took_no_step_gives_way_to_other_settings(tmp_path):
+    with open_run(small(tmp_path), "abc"):
+        pass
+    other = small(tmp_path, steps=13)
+    with open_run(other, "abc"):
+        pass
+    assert load_config(tmp_path) == other
 
 
 def test_folders_that_hold_something_else(tmp_path):
