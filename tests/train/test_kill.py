@@ -93,7 +93,7 @@ def test_killed_at_every_kind_of_moment(tmp_path, text, reference):
     assert end[0] == f"loss of the last step: {final['loss']:.4f}"
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 def test_killed_from_outside_at_random_moments(tmp_path, text, reference):
     run, chance = tmp_path / "killed", random.Random(0)
     kills = 0

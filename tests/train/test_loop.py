@@ -107,7 +107,7 @@ def test_evaluation_is_over_all_held_out_bytes_and_their_documents_ends(trained)
     assert result.bits_per_byte == pytest.approx(sum(nats) / np.log(2) / 140, rel=1e-6)
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 def test_two_devices_take_the_same_steps_as_one(trained, tmp_path):
     config, _, _ = trained
     run = tmp_path / "run"
