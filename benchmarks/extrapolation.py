@@ -8,8 +8,6 @@ the state that the one before has left, without gradients through it. Measured a
 buckets of the training length, each row read once from its start.
 """
 
-import argparse
-import pathlib
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.ladder import windows
-from benchmarks.small_runs import Experiment, fit_all, losses_and_hits, write
+from benchmarks.small_runs import Experiment, compare, losses_and_hits, parse
 from gla_jax.nn import (
     CausalLMConfig,
     GatedLinearAttentionConfig,
@@ -63,11 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="h100")
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--out", type=pathlib.Path)
-    given = parser.parse_args(arguments)
+    given = parse(__doc__, PRESETS, MODELS, arguments)
     how, corpus = PRESETS[given.preset], load_corpus()
     far = how["length"] * how["buckets"]
 
@@ -89,15 +83,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         config = CausalLMConfig(**MODELS[name], implementation="xla", **sizes, **common)
         return Experiment(config, draw, by_place, how["steps"], how["rates"], how["seeds"], pieces)
 
-    results = {}
     print("bits a byte of held-out text, by buckets of the training length", flush=True)
-    for name, found in fit_all({name: experiment(name) for name in given.models}):
-        results[name] = found.row()
-        print(f"{name:15s}", " ".join(f"{bits:.3f}" for bits in found.measured.mean(0)), flush=True)
-        write(given.out, "extrapolation", "bits a byte", how, results, claims(results))
-    for claim, seen in claims(results).items():
-        print(f"{'seen' if seen else 'NOT seen'}: {claim}")
-    return results
+    show = lambda found: " ".join(f"{bits:.3f}" for bits in found.measured.mean(0))
+    return compare(given, "extrapolation", "bits a byte", how, experiment, claims, show)
 
 
 def claims(results: dict[str, dict]) -> dict[str, bool]:

@@ -7,16 +7,14 @@ Models differ in nothing but the gate and the number of heads: no gate, a consta
 token, and GLA's vector a token. All see the same bytes in the same order; measured are bits a byte of plays held out.
 """
 
-import argparse
 import itertools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.small_runs import Batch, Experiment, fit_all, losses_and_hits, write
+from benchmarks.small_runs import Batch, Experiment, compare, losses_and_hits, parse
 from gla_jax.nn import (
     CausalLMConfig,
     GatedLinearAttentionConfig,
@@ -66,11 +64,7 @@ def windows(stream: np.ndarray, starts: Any, length: int) -> Batch:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="h100")
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--out", type=pathlib.Path)
-    given = parser.parse_args(arguments)
+    given = parse(__doc__, PRESETS, MODELS, arguments)
     how, corpus = PRESETS[given.preset], load_corpus()
     length = how["length"]
 
@@ -89,15 +83,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         config = CausalLMConfig(mixer=MODELS[name], implementation="xla", **sizes, **common)
         return Experiment(config, draw, bits, how["steps"], how["rates"], how["seeds"])
 
-    results = {}
     print("bits a byte of held-out text: mean and standard deviation over seeds", flush=True)
-    for name, found in fit_all({name: experiment(name) for name in given.models}):
-        results[name] = found.row()
-        print(f"{name:15s} {found}", flush=True)
-        write(given.out, "ladder", "bits a byte", how, results, claims(results))
-    for claim, seen in claims(results).items():
-        print(f"{'seen' if seen else 'NOT seen'}: {claim}")
-    return results
+    return compare(given, "ladder", "bits a byte", how, experiment, claims)
 
 
 def claims(results: dict[str, dict]) -> dict[str, bool]:

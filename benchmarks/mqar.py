@@ -9,15 +9,13 @@ models have two layers of one width and train on the same sequences, drawn anew 
 the best of `rates` by its training loss. Accuracy is that of the asked values in sequences never trained on.
 """
 
-import argparse
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.small_runs import Batch, Experiment, fit_all, losses_and_hits, write
+from benchmarks.small_runs import Batch, Experiment, compare, losses_and_hits, parse
 from gla_jax.nn import (
     CausalLMConfig,
     GatedLinearAttentionConfig,
@@ -88,11 +86,7 @@ def sequences(key, *, length: int, pairs: int, vocab: int, batch: int) -> Batch:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="h100")
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--out", type=pathlib.Path)
-    given = parser.parse_args(arguments)
+    given = parse(__doc__, PRESETS, MODELS, arguments)
     how = PRESETS[given.preset]
     task = {name: how[name] for name in ("length", "pairs", "vocab", "batch")}
 
@@ -107,15 +101,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         draw = lambda key: sequences(key, **task)
         return Experiment(config, draw, accuracy, how["steps"], how["rates"], how["seeds"])
 
-    results = {}
     print("accuracy: mean and standard deviation over seeds", flush=True)
-    for name, found in fit_all({name: experiment(name) for name in given.models}):
-        results[name] = found.row()
-        print(f"{name:17s} {found}", flush=True)
-        write(given.out, "mqar", "accuracy", how, results, claims(results))
-    for claim, seen in claims(results).items():
-        print(f"{'seen' if seen else 'NOT seen'}: {claim}")
-    return results
+    return compare(given, "mqar", "accuracy", how, experiment, claims)
 
 
 def claims(results: dict[str, dict]) -> dict[str, bool]:

@@ -1,5 +1,6 @@
 """Small models trained in one compiled program: every learning rate and seed of a model side by side, under vmap."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -167,3 +168,32 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {out}")
+
+
+def parse(about: str, presets: dict, models: dict, arguments: list[str] | None) -> argparse.Namespace:
+    """An experiment's flags."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--preset", choices=presets, default="h100")
+    parser.add_argument("--models", nargs="*", choices=models, default=list(models))
+    parser.add_argument("--out", type=pathlib.Path)
+    return parser.parse_args(arguments)
+
+
+def compare(
+    given: argparse.Namespace,
+    what: str,
+    quantity: str,
+    settings: dict,
+    experiment: Callable[[str], Experiment],
+    claims: Callable[[dict[str, dict]], dict[str, bool]],
+    show: Callable[[Fitted], str] = str,
+) -> dict[str, dict]:
+    """Trains the models of `given`, prints and writes a row of each, and says which of the paper's claims were seen."""
+    results = {}
+    for name, found in fit_all({name: experiment(name) for name in given.models}):
+        results[name] = found.row()
+        print(f"{name:17s} {show(found)}", flush=True)
+        write(given.out, what, quantity, settings, results, claims(results))
+    for claim, seen in claims(results).items():
+        print(f"{'seen' if seen else 'NOT seen'}: {claim}")
+    return results
