@@ -75,6 +75,12 @@ def backward(
     if parts > 1:
         chunks = pl.cdiv(chunks, parts)
         rows = parts * chunks * CHUNK
+    entering = first_decay = None
+    if dtype == jnp.float16 and g is not None and initial_state is not None:
+        # float16 ends at 6e-8, and the first decay scales all of the initial state's gradient: it is applied here.
+        first_decay = jnp.exp(g[:, 0].astype(jnp.float32)).reshape(batch, kv_heads, -1, 1)
+        entering, initial_state = initial_state, first_decay * initial_state
+        g = jnp.asarray(g).at[:, 0].set(0.0)
     factor = _magnitude(do, dfinal) if dtype == jnp.float16 else None
     if factor is not None:
         do = do.astype(jnp.float32) / factor
@@ -143,12 +149,18 @@ def backward(
     dg = share(add(dg), 2)[:, :time, :, :key_size]
     if g is not None and g.ndim == 3:
         dg = jnp.sum(dg, axis=-1, dtype=jnp.float32)
+    dinitial = undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32)
+    dg = undo(dg, dg.dtype if g is None else g.dtype)
+    if entering is not None:
+        dinitial *= first_decay
+        first = jnp.sum(entering * dinitial, axis=-1 if dg.ndim == 4 else (-2, -1))
+        dg = dg.at[:, 0].set(first.astype(dg.dtype))
     return Gradients(
         undo(add(dq)[:, :time, :, :key_size], q.dtype),
         undo(share(add(dk), 2)[:, :time, :, :key_size], k.dtype),
         undo(share(add(dv), 2)[:, :time, :, :value_size], v.dtype),
-        None if g is None else undo(dg, g.dtype),
-        None if initial_state is None else undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32),
+        None if g is None else dg,
+        None if initial_state is None else dinitial,
     )
 
 

@@ -134,7 +134,9 @@ def choose_forward(
     one_pass = heads * -(-value_size // WIDTH) >= _FEW if blocks == 1 else blocks == 2 and many
     gate = (_NARROW if blocks == 1 else _WIDE) if one_pass else _GATE[blocks]
     if wide_gate:
-        gate = dataclasses.replace(gate, g_slots=gate.g_slots // 2)
+        # Twice the memory a tile: half as many, but all tiles of a chunk when gaters share it.
+        halved = {"qk_slots": gate.qk_slots // 2} if blocks == 4 else {"g_slots": gate.g_slots // 2}
+        gate = dataclasses.replace(gate, **halved)
     # float16 ends at 65504: exp(mild / 2) times a key has to stay below.
     gate = gate if dtype == jnp.bfloat16 else dataclasses.replace(gate, mild=8.0)
     if one_pass:

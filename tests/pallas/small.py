@@ -83,3 +83,10 @@ def interpreted(f, *args, **kwargs):
     out = jax.block_until_ready(f(*args, **kwargs, interpret=plgpu.InterpretGPUParams(detect_races=True)))
     assert not get_races().races_found
     return out
+
+
+@jax.jit
+def same_bits(first, second):
+    """Whether two results agree in every bit. Compared where they lie: fetching them takes longer than the kernels."""
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype == jnp.float32 else jnp.uint16)
+    return jnp.all(jnp.array([jnp.all(bits(x) == bits(y)) for x, y in zip(first, second, strict=True)]))

@@ -81,7 +81,7 @@ def test_it_is_what_a_hopper_gpu_takes():
 
 
 def test_inside_shard_map():
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     x = arguments(0, 2, 100, 2, 64, 64, dtype="bfloat16")
     call = lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")[0]
     spec = jax.P("data")
