@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 128,
         "layers": 4,
         "batch": 16,
-        "steps": 800,
+        "steps": 1200,
         "rates": [3e-3],
         "seeds": 3,
         "rows": 128,

@@ -6,6 +6,7 @@ import sys
 import matplotlib
 import numpy as np
 
+from benchmarks.mqar import counts
 from benchmarks.tables import records
 
 matplotlib.use("svg")
@@ -42,6 +43,43 @@ def experiment(record: dict):
     return figure
 
 
+def recall(record: dict):
+    """Accuracy by the number of pairs, with the deviation over seeds, and the training losses."""
+    how, results = record["settings"], record["results"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for name, row in results.items():
+        measured = np.array(row["measured"])
+        left.errorbar(counts(how["pairs"]), measured.mean(0), measured.std(0), fmt=".-", capsize=4, label=name)
+        right.plot(np.linspace(0, how["steps"], len(row["loss"])), row["loss"], label=name)
+    left.set_xscale("log", base=2)
+    left.set_xticks(counts(how["pairs"]), [str(n) for n in counts(how["pairs"])])
+    left.set(xlabel="pairs", ylabel=record["quantity"])
+    right.set(xlabel="step", ylabel="loss")
+    right.legend()
+    return figure
+
+
+def lengths(record: dict):
+    """Tokens a second and memory of training, and milliseconds of the op, against length."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, quantity, scale in zip(axes, ("tokens_per_s", "memory_gb"), (1e-3, 1), strict=False):
+        for name in dict.fromkeys(row["model"] for row in record["training"]):
+            rows = [row for row in record["training"] if row["model"] == name]
+            axis.plot([row["length"] for row in rows], [scale * row[quantity] for row in rows], ".-", label=name)
+    for name in dict.fromkeys(row["op"] for row in record["op"]):
+        rows = [row for row in record["op"] if row["op"] == name]
+        axes[2].plot([row["length"] for row in rows], [row["forward and backward"] for row in rows], ".-", label=name)
+    for axis, title in zip(
+        axes, ("training, 1000 tokens/s", "memory, GB", "op, forward and backward, ms"), strict=True
+    ):
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="tokens", title=title, ylim=(0, None))
+        axis.legend()
+    axes[2].set_yscale("log")
+    axes[2].set_ylim(None, None)
+    return figure
+
+
 def extrapolation(record: dict):
     """Bits a byte by place, with a line where training ended."""
     how = record["settings"]
@@ -55,7 +93,7 @@ def extrapolation(record: dict):
     return figure
 
 
-KINDS = {"op": op, "mqar": experiment, "ladder": experiment, "extrapolation": extrapolation}
+KINDS = {"op": op, "mqar": recall, "ladder": experiment, "extrapolation": extrapolation, "lengths": lengths}
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:

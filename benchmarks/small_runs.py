@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from gla_jax.nn import CausalLM, CausalLMConfig
+from gla_jax.train.step import GPU_OPTIONS
 
 
 class Batch(NamedTuple):
@@ -88,7 +89,8 @@ def fit_all(experiments: dict[str, Experiment]) -> Iterator[tuple[str, Fitted]]:
     """Each experiment's result as it comes; all are compiled at the same time, and run one after another."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lowered = {name: lower(experiment) for name, experiment in experiments.items()}
-        compiled = {name: pool.submit(program.compile) for name, (program, _) in lowered.items()}
+        options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+        compiled = {name: pool.submit(program.compile, options) for name, (program, _) in lowered.items()}
         for name, experiment in experiments.items():
             program = compiled[name].result()
             began = time.perf_counter()

@@ -10,6 +10,8 @@ import re
 
 import numpy as np
 
+from benchmarks.mqar import counts
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md", "docs/experiments.md")
@@ -91,6 +93,24 @@ def experiment_table(what: str) -> str:
     return "\n".join(lines) or "Not run yet.\n"
 
 
+def recall_table() -> str:
+    """Accuracy by the number of pairs."""
+    lines = []
+    for name, record in records("mqar"):
+        pairs = [str(n) for n in counts(record["settings"]["pairs"])]
+        lines += heading(record)
+        lines += [
+            f"| model | {' | '.join(pairs)} pairs | learning rate | parameters |",
+            "|---" * (len(pairs) + 3) + "|",
+        ]
+        for model, row in record["results"].items():
+            mean, spread = np.mean(row["measured"], 0), np.std(row["measured"], 0)
+            recalled = " | ".join(f"{x:.3f} ± {y:.3f}" for x, y in zip(mean, spread, strict=True))
+            lines.append(f"| {model} | {recalled} | {row['learning rate']:g} | {row['parameters']:,} |")
+        lines += ending(name, record)
+    return "\n".join(lines) or "Not run yet.\n"
+
+
 def extrapolation_table() -> str:
     """Bits a byte by bucket, and what was seen of the paper's figure."""
     lines = []
@@ -118,6 +138,32 @@ def shown(how: dict) -> list[int]:
 def places(how: dict) -> list[str]:
     """The first and last place of each bucket shown."""
     return [f"{i * how['length']} to {(i + 1) * how['length'] - 1}" for i in shown(how)]
+
+
+def lengths_table(what: str) -> str:
+    """Training, or the op, against length, and what was seen of the paper's figures."""
+    lines = []
+    for name, record in records("lengths"):
+        lines += [
+            f"`{record['command']}`, {record['device']}, {record['date'][:10]}, jax {record['versions']['jax']}:",
+            "",
+        ]
+        if what == "training":
+            lines += ["| model | tokens | batch | blocks | parameters | tokens/s | memory |", "|---" * 7 + "|"]
+            for row in record["training"]:
+                size = f"{row['length']} | {row['batch']} | {row['layers']} | {row['parameters']:,}"
+                lines.append(f"| {row['model']} | {size} | {row['tokens_per_s']:,} | {row['memory_gb']:.1f} GB |")
+            lines += ending(name, {**record, "quantity": "tokens a second"})
+        else:
+            places = {row["length"]: row["batch"] for row in record["op"]}
+            lines += ["| forward / forward and backward, ms | " + " | ".join(map(str, places)) + " |"]
+            lines += ["|---" * (len(places) + 1) + "|"]
+            for op in dict.fromkeys(row["op"] for row in record["op"]):
+                rows = [row for row in record["op"] if row["op"] == op]
+                times = " | ".join(f"{row['forward']:.2f} / {row['forward and backward']:.2f}" for row in rows)
+                lines.append(f"| {op} | {times} |")
+            lines.append("")
+    return "\n".join(lines) or "Not run yet.\n"
 
 
 def op_plots() -> str:
@@ -151,9 +197,11 @@ TABLES = {
     "op plots": op_plots,
     "backward": backward_table,
     "decoding": decode_table,
-    "mqar": lambda: experiment_table("mqar"),
+    "mqar": recall_table,
     "ladder": lambda: experiment_table("ladder"),
     "extrapolation": extrapolation_table,
+    "training against length": lambda: lengths_table("training"),
+    "op against length": lambda: lengths_table("op"),
 }
 
 

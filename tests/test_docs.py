@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gla_jax
-from benchmarks import extrapolation, ladder, mqar, plots, tables
+from benchmarks import extrapolation, ladder, lengths, mqar, plots, tables
 from gla_jax import interop, nn, pallas, train
 from gla_jax.nn.config import ModelConfig
 from gla_jax.nn.recurrent import MixerConfig
@@ -115,25 +115,30 @@ def test_the_plots_are_drawn(tmp_path):
 
 
 def test_questions_of_mqar_have_the_answers_told():
-    batch = mqar.sequences(jax.random.key(0), length=64, pairs=8, vocab=32, batch=5)
+    told = [1, 2, 4, 8, 8]
+    batch = mqar.sequences(jax.random.key(0), np.array(told), length=64, pairs=8, vocab=32)
     tokens, labels, weights = (np.asarray(x) for x in batch)
-    assert weights.sum(1).tolist() == [8] * 5
-    for row in range(5):
-        told = dict(zip(tokens[row, :16:2], tokens[row, 1:16:2], strict=True))
+    assert mqar.counts(8) == told[:4]
+    assert weights.sum(1).tolist() == told
+    for row, count in enumerate(told):
+        pairs = dict(zip(tokens[row, : 2 * count : 2], tokens[row, 1 : 2 * count : 2], strict=True))
         asked = np.flatnonzero(weights[row])
-        assert len(told) == 8
+        assert len(pairs) == count
         assert asked.min() >= 16
-        assert sorted(tokens[row, asked]) == sorted(told)
-        assert [told[token] for token in tokens[row, asked]] == labels[row, asked].tolist()
+        assert sorted(tokens[row, asked]) == sorted(pairs)
+        assert [pairs[token] for token in tokens[row, asked]] == labels[row, asked].tolist()
+        assert np.count_nonzero(tokens[row]) == 3 * count
 
 
 def test_claims_of_mqar_are_compared():
-    rows = {name: {"measured": [x]} for name, x in (("attention", 1.0), ("GLA", 0.7), ("RetNet", 0.8), ("Mamba", 0.5))}
+    most = (("attention", 1.0), ("GLA", 0.7), ("RetNet", 0.8), ("Mamba", 0.5))
+    rows = {name: {"measured": [[1.0, x]]} for name, x in most}
     seen = mqar.claims(rows)
-    assert seen.pop("GLA recalls more than RetNet") is False
+    assert seen.pop("GLA recalls more than RetNet, at the most pairs") is False
     assert len(seen) == 3
     assert all(seen.values())
     assert mqar.claims({"GLA": rows["GLA"]}) == {}
+    assert list(mqar.claims({"attention": {"measured": [[0.9, 1.0]]}}).values()) == [False]
 
 
 def test_claims_of_the_ladder_follow_the_paper():
@@ -151,6 +156,30 @@ def test_claims_of_extrapolation_are_compared():
     assert list(seen.values()) == [True, False, True, False]
     assert list(extrapolation.claims({"Mamba": flat}).values()) == [True]
     assert list(extrapolation.claims({"Mamba": {"measured": [[2.0, 1.9, 1.9]]}}).values()) == [False]
+
+
+def test_claims_of_lengths_are_compared():
+    speeds = {"GLA": (90, 90), "Transformer++": (99, 80), "Mamba": (10, 85)}
+    rows = [
+        {"model": name, "length": n, "tokens_per_s": x, "memory_gb": 10 + x / 100}
+        for name, both in speeds.items()
+        for n, x in zip((4096, 8192), both, strict=True)
+    ]
+    op = [{"op": "GLA", "length": 1024, "forward and backward": 2.0}]
+    softmax = [{"op": lengths.ATTENTION, "length": 1024, "forward and backward": 1.0}]
+    seen = lengths.claims({"training": rows, "op": op + softmax})
+    assert list(seen.values()) == [False, True, True, False]
+    assert lengths.claims({"training": rows[:2], "op": softmax}) == {}
+
+
+@pytest.mark.large
+def test_lengths_run(tmp_path, monkeypatch):
+    record = lengths.main(["--preset", "tiny", "--out", str(tmp_path / "out.json")])
+    assert [row["tokens_per_s"] > 0 < row["memory_gb"] for row in record["training"]] == [True] * 2
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| GLA | 32 |" in tables.TABLES["training against length"]()
+    assert "| GLA, 1 x (16, 16) |" in tables.TABLES["op against length"]()
+    assert [path.name for path in plots.draw(tmp_path)] == ["out.svg"]
 
 
 @pytest.mark.large

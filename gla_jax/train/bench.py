@@ -26,7 +26,7 @@ from gla_jax.nn.config import ModelConfig
 from gla_jax.train.config import InputError, MeshConfig, TrainConfig
 from gla_jax.train.data import Batch
 from gla_jax.train.mesh import make_mesh
-from gla_jax.train.step import SCOPES, TrainState, make_program
+from gla_jax.train.step import SCOPES, Program, TrainState, make_program
 from gla_jax.train.trackers import memory_gb, peak_flops
 
 __all__ = ["BenchTrainConfig", "bench_train"]
@@ -37,6 +37,7 @@ PRESETS = {
     "1.3b": GLAConfig.gla_1_3b,
     "transformer-340m": CausalLMConfig.transformer_340m,
     "transformer-1.3b": CausalLMConfig.transformer_1_3b,
+    "mamba-340m": CausalLMConfig.mamba_340m,
 }
 # Steps that are profiled, and that come before anything is timed.
 PROFILED, WARM = 3, 2
@@ -46,8 +47,8 @@ PROFILED, WARM = 3, 2
 class BenchTrainConfig:
     """Time the training step of a preset on random tokens, with AdamW, on one device."""
 
-    preset: Literal["tiny", "340m", "1.3b", "transformer-340m", "transformer-1.3b"] = "340m"
-    """The model: GLA, or the Transformer++ of the same size, on GPUs through cuDNN's attention."""
+    preset: Literal["tiny", "340m", "1.3b", "transformer-340m", "transformer-1.3b", "mamba-340m"] = "340m"
+    """The model: GLA, the Transformer++ of the same size, on GPUs through cuDNN's attention, or Mamba."""
     batch: int = 8
     """Sequences a step."""
     length: int = 2048
@@ -58,6 +59,8 @@ class BenchTrainConfig:
     """Of the op: None for the best there is, or a name."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes."""
+    num_layers: int | None = None
+    """Blocks; None for the preset's."""
     layer_unroll: int | None = None
     """Blocks written out in a turn of the loop over layers; None for all of them."""
     loss_parts: int | None = None
@@ -75,18 +78,19 @@ class BenchTrainConfig:
         for name in ("batch", "length", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise InputError(f"argument --{name.replace('_', '-')}: must be at least 1, got {getattr(self, name)}")
-        for name in ("layer_unroll", "loss_parts"):
+        for name in ("num_layers", "layer_unroll", "loss_parts"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"argument --{name.replace('_', '-')}: must be at least 1 or None, got {value}")
 
     def model(self) -> ModelConfig:
         """The preset with these options."""
         preset = PRESETS[self.preset]()
-        unroll = self.layer_unroll or preset.num_layers
+        layers = self.num_layers or preset.num_layers
+        unroll = self.layer_unroll or layers
         options: dict[str, Any] = {"implementation": self.implementation, "remat": self.remat, "layer_unroll": unroll}
         if isinstance(preset, CausalLMConfig) and jax.default_backend() == "gpu" and self.dtype == "bfloat16":
             options["mixer"] = tuple(cast(Any, mixer).replace(kernel="cudnn") for mixer in preset.mixers)
-        return preset.replace(dtype=self.dtype, **options)
+        return preset.replace(dtype=self.dtype, num_layers=layers, **options)
 
 
 def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
@@ -102,27 +106,11 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     """
     if config.out is not None and not config.out.parent.is_dir():
         raise InputError(f"argument --out: {config.out.parent} is no folder")
-    run = TrainConfig(
-        batch=config.batch,
-        length=config.length,
-        loss_parts=config.loss_parts,
-        optimizer="adamw",
-        mesh=MeshConfig(data=1),
-        model=config.model(),
-    )
-    model, mesh = run.model, make_mesh(run)
-    program = make_program(run, mesh)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (config.batch, config.length + 1), np.int32)
-    batch = program.place(Batch(tokens[:, :-1], tokens[:, 1:]))
     began = time.perf_counter()
-    with jax.set_mesh(mesh):
-        train = cast(Any, program.train).__wrapped__.lower(program.abstract, batch).compile()
+    program, lowered, batch = lower_step(config)
+    train = lowered.compile()
     compiling = time.perf_counter() - began
-    state, _ = _steps(train, program.initialize(), batch, WARM)
-    times = []
-    for _ in range(config.repeats):
-        state, seconds = _steps(train, state, batch, config.steps)
-        times.append(seconds / config.steps)
+    state, times = time_steps(config, train, program.initialize(), batch)
     step, peak = statistics.median(times), peak_flops()
     speed = config.batch * config.length / step
     program_text = train.as_text()
@@ -153,6 +141,34 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     if config.out is not None:
         config.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def lower_step(config: BenchTrainConfig) -> tuple[Program, Any, Any]:
+    """The program of config's run, its training step to compile, and the random batch that it is timed on."""
+    run = TrainConfig(
+        batch=config.batch,
+        length=config.length,
+        loss_parts=config.loss_parts,
+        optimizer="adamw",
+        mesh=MeshConfig(data=1),
+        model=config.model(),
+    )
+    mesh = make_mesh(run)
+    program = make_program(run, mesh)
+    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (config.batch, config.length + 1), np.int32)
+    batch = program.place(Batch(tokens[:, :-1], tokens[:, 1:]))
+    with jax.set_mesh(mesh):
+        return program, cast(Any, program.train).__wrapped__.lower(program.abstract, batch), batch
+
+
+def time_steps(config: BenchTrainConfig, train: Callable, state: TrainState, batch: Any) -> tuple[TrainState, list]:
+    """The last state, and the seconds a step of each timing."""
+    state, _ = _steps(train, state, batch, WARM)
+    times = []
+    for _ in range(config.repeats):
+        state, seconds = _steps(train, state, batch, config.steps)
+        times.append(seconds / config.steps)
+    return state, times
 
 
 def _steps(train: Callable, state: TrainState, batch: Any, count: int) -> tuple[TrainState, float]:
