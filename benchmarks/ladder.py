@@ -1,7 +1,8 @@
 """The paper's ladder of gates (arXiv 2312.06635, table 4) on Shakespeare, in minutes on one GPU.
 
     python -m benchmarks.ladder --out benchmarks/results/ladder-h100.json
-    python -m benchmarks.ladder --preset tiny              # a CPU, to see that it runs
+    python -m benchmarks.ladder --preset cpu --out benchmarks/results/ladder-cpu.json      # smaller, for two CPU cores
+    python -m benchmarks.ladder --preset tiny                                              # to see that it runs
 
 Models differ in nothing but the gate and the number of heads: no gate, a constant decay a head (RetNet's), a scalar a
 token, and GLA's vector a token. All see the same bytes in the same order; measured are bits a byte of plays held out.
@@ -44,12 +45,22 @@ PAPER = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"length": 32, "width": 16, "layers": 1, "batch": 2, "steps": 3, "rates": [3e-3], "seeds": 2, "rows": 2},
+    "cpu": {
+        "length": 256,
+        "width": 64,
+        "layers": 2,
+        "batch": 4,
+        "steps": 1000,
+        "rates": [4e-3],
+        "seeds": 3,
+        "rows": 64,
+    },
     "h100": {
         "length": 512,
         "width": 128,
         "layers": 4,
-        "batch": 16,
-        "steps": 1200,
+        "batch": 8,
+        "steps": 800,
         "rates": [3e-3],
         "seeds": 3,
         "rows": 128,

@@ -1,7 +1,8 @@
-"""Training and the op against length at the same number of tokens (arXiv 2312.06635, figures 6 and 2), on one GPU.
+"""Training, or the op, against length at the same number of tokens (arXiv 2312.06635, figures 6 and 2), on one GPU.
 
-    python -m benchmarks.lengths --out benchmarks/results/lengths-h100.json     # about two minutes
-    python -m benchmarks.lengths --preset tiny                                  # a CPU, to see that it runs
+    python -m benchmarks.lengths training --out benchmarks/results/lengths-training-h100.json
+    python -m benchmarks.lengths op --out benchmarks/results/lengths-op-h100.json
+    python -m benchmarks.lengths op --preset tiny          # a CPU, to see that it runs
 
 Training steps are those of `gla-jax bench train`, of models with a quarter of the 340M presets' blocks, so that all
 programs compile in a minute; Mamba's scan is plain JAX. Memory is what the compiled step needs, parameters and
@@ -18,7 +19,7 @@ import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "op tokens": 128,
         "op lengths": [64, 128],
         "steps": 1,
+        "slow": {},
         "calls": 1,
         "repeats": 1,
     },
@@ -54,8 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "op tokens": 32768,
         "op lengths": [1024, 2048, 4096, 8192, 16384, 32768],
         "steps": 4,
+        "slow": {"Mamba": 1},
         "calls": 5,
-        "repeats": 5,
+        "repeats": 3,
     },
 }
 
@@ -73,7 +76,7 @@ def op(name: str, heads: tuple[int, int, int], tokens: int, length: int) -> tupl
     return in_jax(call, *inputs((tokens // length, length, h, k, v)))
 
 
-def time_ops(how: dict[str, Any], pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
+def time_ops(how: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
     """Milliseconds of every op at every length."""
     ops = {**how["ops"], ATTENTION: (16, 128, 128)}
     made = {(name, n): op(name, ops[name], how["op tokens"], n) for n in how["op lengths"] for name in ops}
@@ -83,32 +86,30 @@ def time_ops(how: dict[str, Any], pool: ThreadPoolExecutor) -> list[dict[str, An
         wait((forward(), both()))
 
     list(pool.map(warm, made.values()))
-    rows = []
     for (name, length), (forward, both, wait) in made.items():
-        count = {"calls": how["calls"], "repeats": how["repeats"]}
-        ms = {
-            "forward": milliseconds(forward, wait, **count),
-            "forward and backward": milliseconds(both, wait, **count),
+        calls, repeats = how["calls"], how["repeats"]
+        yield {
+            "op": name,
+            "length": length,
+            "batch": how["op tokens"] // length,
+            "forward": milliseconds(forward, wait, calls, repeats),
+            "forward and backward": milliseconds(both, wait, calls, repeats),
         }
-        rows.append({"op": name, "length": length, "batch": how["op tokens"] // length, **ms})
-        print(f"{name:22s} {length:6d}  {ms['forward']:8.3f} {ms['forward and backward']:8.3f} ms", flush=True)
-    return rows
 
 
-def time_training(how: dict[str, Any], pool: ThreadPoolExecutor) -> list[dict[str, Any]]:
+def time_training(how: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
     """Tokens a second and the memory of a step of every model at every length."""
-    rows, configs, states = [], {}, {}
+    configs, states = {}, {}
     for name, preset in how["models"].items():
-        few: dict[str, Any] = {"num_layers": MODELS[preset]().num_layers // 4, "steps": how["steps"]}
+        layers, steps = MODELS[preset]().num_layers // 4, how["slow"].get(name, how["steps"])
         for length in how["lengths"]:
-            sizes: dict[str, Any] = {"length": length, "batch": how["tokens"] // length, "repeats": how["repeats"]}
-            configs[name, length] = BenchTrainConfig(preset=preset, **few, **sizes)
+            sizes: dict[str, Any] = {"num_layers": layers, "length": length, "batch": how["tokens"] // length}
+            configs[name, length] = BenchTrainConfig(preset=preset, steps=steps, repeats=how["repeats"], **sizes)
     lowered = {}
     for key, config in configs.items():
         program, step, batch = lower_step(config)
         lowered[key] = program, pool.submit(step.compile), batch
     compiled = {key: step.result() for key, (_, step, _) in lowered.items()}
-    print("compiled", flush=True)
     for (name, length), config in configs.items():
         program, _, batch = lowered[name, length]
         step = compiled[name, length]
@@ -117,67 +118,78 @@ def time_training(how: dict[str, Any], pool: ThreadPoolExecutor) -> list[dict[st
         states[name], times = time_steps(config, step, states.pop(name), batch)
         memory = step.memory_analysis()
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        rows.append(
-            {
-                "model": name,
-                "layers": config.num_layers,
-                "parameters": program.parameters,
-                "op_kernels": step.as_text().count('custom_call_target="mosaic_gpu'),
-                "length": length,
-                "batch": config.batch,
-                "step_ms": [round(1e3 * x, 3) for x in times],
-                "tokens_per_s": round(how["tokens"] / statistics.median(times)),
-                "memory_gb": round((held + memory.temp_size_in_bytes) / 1e9, 3),
-            }
-        )
-        row = rows[-1]
-        print(f"{name:22s} {length:6d}  {row['tokens_per_s']:9,d} tokens/s  {row['memory_gb']:.2f} GB", flush=True)
-    return rows
+        yield {
+            "model": name,
+            "layers": config.num_layers,
+            "parameters": program.parameters,
+            "op_kernels": step.as_text().count('custom_call_target="mosaic_gpu'),
+            "length": length,
+            "batch": config.batch,
+            "step_ms": [round(1e3 * x, 3) for x in times],
+            "tokens_per_s": round(how["tokens"] / statistics.median(times)),
+            "memory_gb": round((held + memory.temp_size_in_bytes) / 1e9, 3),
+        }
 
 
-def claims(record: dict[str, Any]) -> dict[str, bool]:
-    """What the paper says of figures 6 and 2, and whether it was seen."""
-    speed = {(row["model"], row["length"]): row["tokens_per_s"] for row in record["training"]}
-    memory = {(row["model"], row["length"]): row["memory_gb"] for row in record["training"]}
-    both = {(row["op"], row["length"]): row["forward and backward"] for row in record["op"]}
-    lengths = sorted({length for _, length in speed})
-    longer = [n for n in lengths if n > 4096]
+def claims_of_training(rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """What the paper says of its figure 6, and whether it was seen, if all models were timed at all lengths."""
+    speed = {(row["model"], row["length"]): row["tokens_per_s"] for row in rows}
+    memory = {(row["model"], row["length"]): row["memory_gb"] for row in rows}
+    names, lengths = ("GLA", "Transformer++", "Mamba"), sorted({length for _, length in speed})
     found = {}
-    if {"GLA", "Transformer++", "Mamba"} <= {name for name, _ in speed}:
-        slowest = lambda n: speed["Mamba", n] < min(speed["GLA", n], speed["Transformer++", n])
-        found["Mamba trains slowest at every length"] = all(map(slowest, lengths))
-        found["GLA trains faster than Transformer++ beyond 4096"] = bool(longer) and all(
-            speed["GLA", n] > speed["Transformer++", n] for n in longer
-        )
-        most = lambda n: max(memory[name, n] for name in ("GLA", "Transformer++", "Mamba"))
-        least = lambda n: min(memory[name, n] for name in ("GLA", "Transformer++", "Mamba"))
-        found["the three need nearly the same memory (within 20 %)"] = all(most(n) <= 1.2 * least(n) for n in lengths)
-    for name in {name: None for name, _ in both if name != ATTENTION}:
-        faster = all(ms < both[ATTENTION, n] for (op, n), ms in both.items() if op == name)
-        found[f"{name}: faster than attention from 1024 on, with the backward"] = faster
+    if all(("GLA", n) in speed and ("Transformer++", n) in speed for n in lengths):
+        faster = [speed["GLA", n] > speed["Transformer++", n] for n in lengths if n > 4096]
+        found["GLA trains faster than Transformer++ beyond 4096 tokens"] = bool(faster) and all(faster)
+    if {(name, n) for name in names for n in lengths} <= set(speed):
+        slowest = [speed["Mamba", n] < min(speed["GLA", n], speed["Transformer++", n]) for n in lengths]
+        found["Mamba trains slowest at every length"] = all(slowest)
+        needs = [[memory[name, n] for name in names] for n in lengths]
+        found["the three need nearly the same memory (within 20 %)"] = all(max(x) <= 1.2 * min(x) for x in needs)
     return found
+
+
+def claims_of_ops(rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """What the paper says of its figure 2, and whether it was seen."""
+    ms = {(row["op"], row["length"]): row["forward and backward"] for row in rows}
+    return {
+        f"{name} is faster than attention at every length, with the backward": all(
+            ms[op, n] < ms.get((ATTENTION, n), 0) for op, n in ms if op == name
+        )
+        for name in dict.fromkeys(op for op, _ in ms if op != ATTENTION)
+    }
+
+
+PARTS: dict[str, tuple[Callable, Callable]] = {
+    "training": (time_training, claims_of_training),
+    "op": (time_ops, claims_of_ops),
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--preset", choices=PRESETS, default="h100")
     parser.add_argument("--out", type=pathlib.Path)
     given = parser.parse_args(arguments)
-    how = PRESETS[given.preset]
+    measure, claims = PARTS[given.part]
     record: dict[str, Any] = {
-        "what": "lengths",
+        "what": f"{given.part} against length",
         "command": " ".join(["python", "-m", "benchmarks.lengths", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "settings": how,
-        "training": [],
-        "op": [],
+        "settings": PRESETS[given.preset],
+        "results": [],
+        "claims": {},
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for what, measure in (("op", time_ops), ("training", time_training)):
-            record[what] = measure(how, pool)
-            record["claims"] = claims(record)
+        for row in measure(PRESETS[given.preset], pool):
+            print(
+                ", ".join(f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in row.items()),
+                flush=True,
+            )
+            record["results"].append(row)
+            record["claims"] = claims(record["results"])
             if given.out is not None:
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 given.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -59,25 +59,32 @@ def recall(record: dict):
     return figure
 
 
-def lengths(record: dict):
-    """Tokens a second and memory of training, and milliseconds of the op, against length."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, quantity, scale in zip(axes, ("tokens_per_s", "memory_gb"), (1e-3, 1), strict=False):
-        for name in dict.fromkeys(row["model"] for row in record["training"]):
-            rows = [row for row in record["training"] if row["model"] == name]
-            axis.plot([row["length"] for row in rows], [scale * row[quantity] for row in rows], ".-", label=name)
-    for name in dict.fromkeys(row["op"] for row in record["op"]):
-        rows = [row for row in record["op"] if row["op"] == name]
-        axes[2].plot([row["length"] for row in rows], [row["forward and backward"] for row in rows], ".-", label=name)
-    for axis, title in zip(
-        axes, ("training, 1000 tokens/s", "memory, GB", "op, forward and backward, ms"), strict=True
-    ):
+def against_length(record: dict, of: str, quantities: dict[str, str]):
+    """Lines of what was measured of each model or op, against length."""
+    figure, axes = plt.subplots(1, len(quantities), figsize=(4.8 * len(quantities), 3.4), layout="constrained")
+    for axis, (key, label) in zip(axes, quantities.items(), strict=True):
+        for name in dict.fromkeys(row[of] for row in record["results"]):
+            rows = [row for row in record["results"] if row[of] == name]
+            axis.plot([row["length"] for row in rows], [row[key] for row in rows], ".-", label=name)
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="tokens", title=title, ylim=(0, None))
-        axis.legend()
-    axes[2].set_yscale("log")
-    axes[2].set_ylim(None, None)
+        lengths = sorted({row["length"] for row in record["results"]})
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.set(xlabel="tokens of a sequence", ylabel=label, yscale="log" if of == "op" else "linear")
+        if of != "op":
+            axis.set_ylim(0)
+    axes[0].legend()
     return figure
+
+
+def training_lengths(record: dict):
+    """Tokens a second and memory of training."""
+    return against_length(record, "model", {"tokens_per_s": "tokens/s", "memory_gb": "memory, GB"})
+
+
+def op_lengths(record: dict):
+    """Milliseconds of the op, forward and with the backward."""
+    labels = {"forward": "forward, ms", "forward and backward": "forward and backward, ms"}
+    return against_length(record, "op", labels)
 
 
 def extrapolation(record: dict):
@@ -93,7 +100,14 @@ def extrapolation(record: dict):
     return figure
 
 
-KINDS = {"op": op, "mqar": recall, "ladder": experiment, "extrapolation": extrapolation, "lengths": lengths}
+KINDS = {
+    "op": op,
+    "mqar": recall,
+    "ladder": experiment,
+    "extrapolation": extrapolation,
+    "training against length": training_lengths,
+    "op against length": op_lengths,
+}
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:

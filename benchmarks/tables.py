@@ -140,29 +140,34 @@ def places(how: dict) -> list[str]:
     return [f"{i * how['length']} to {(i + 1) * how['length'] - 1}" for i in shown(how)]
 
 
-def lengths_table(what: str) -> str:
-    """Training, or the op, against length, and what was seen of the paper's figures."""
+def training_lengths_table() -> str:
+    """Tokens a second and memory of training against length, and what was seen of the paper's figure."""
     lines = []
-    for name, record in records("lengths"):
+    for name, record in records("training against length"):
+        lines += [f"`{record['command']}`, {record['device']}, {record['date'][:10]}:", ""]
+        lines += ["| model | tokens | batch | blocks | parameters | tokens/s | memory |", "|---" * 7 + "|"]
+        for row in record["results"]:
+            size = f"{row['length']} | {row['batch']} | {row['layers']} | {row['parameters']:,}"
+            lines.append(f"| {row['model']} | {size} | {row['tokens_per_s']:,} | {row['memory_gb']:.1f} GB |")
+        lines += ending(name, record | {"quantity": "tokens a second"})
+    return "\n".join(lines) or "Not run yet.\n"
+
+
+def op_lengths_table() -> str:
+    """Milliseconds of the op against length, and what was seen of the paper's figure."""
+    lines = []
+    for name, record in records("op against length"):
+        sizes = {row["length"]: f"{row['batch']} x {row['length']}" for row in record["results"]}
+        lines += [f"`{record['command']}`, {record['device']}, {record['date'][:10]}:", ""]
         lines += [
-            f"`{record['command']}`, {record['device']}, {record['date'][:10]}, jax {record['versions']['jax']}:",
-            "",
+            f"| forward / with the backward, ms | {' | '.join(sizes.values())} |",
+            "|---" * (len(sizes) + 1) + "|",
         ]
-        if what == "training":
-            lines += ["| model | tokens | batch | blocks | parameters | tokens/s | memory |", "|---" * 7 + "|"]
-            for row in record["training"]:
-                size = f"{row['length']} | {row['batch']} | {row['layers']} | {row['parameters']:,}"
-                lines.append(f"| {row['model']} | {size} | {row['tokens_per_s']:,} | {row['memory_gb']:.1f} GB |")
-            lines += ending(name, {**record, "quantity": "tokens a second"})
-        else:
-            places = {row["length"]: row["batch"] for row in record["op"]}
-            lines += ["| forward / forward and backward, ms | " + " | ".join(map(str, places)) + " |"]
-            lines += ["|---" * (len(places) + 1) + "|"]
-            for op in dict.fromkeys(row["op"] for row in record["op"]):
-                rows = [row for row in record["op"] if row["op"] == op]
-                times = " | ".join(f"{row['forward']:.2f} / {row['forward and backward']:.2f}" for row in rows)
-                lines.append(f"| {op} | {times} |")
-            lines.append("")
+        for op in dict.fromkeys(row["op"] for row in record["results"]):
+            rows = [row for row in record["results"] if row["op"] == op]
+            times = " | ".join(f"{row['forward']:.2f} / {row['forward and backward']:.2f}" for row in rows)
+            lines.append(f"| {op} | {times} |")
+        lines += ending(name, record | {"quantity": "milliseconds"})
     return "\n".join(lines) or "Not run yet.\n"
 
 
@@ -200,8 +205,8 @@ TABLES = {
     "mqar": recall_table,
     "ladder": lambda: experiment_table("ladder"),
     "extrapolation": extrapolation_table,
-    "training against length": lambda: lengths_table("training"),
-    "op against length": lambda: lengths_table("op"),
+    "training against length": training_lengths_table,
+    "op against length": op_lengths_table,
 }
 
 

@@ -11,9 +11,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import gla_jax
-from benchmarks import extrapolation, ladder, lengths, mqar, plots, tables
+from benchmarks import extrapolation, ladder, lengths, mqar, plots, small_runs, tables
 from gla_jax import interop, nn, pallas, train
 from gla_jax.nn.config import ModelConfig
 from gla_jax.nn.recurrent import MixerConfig
@@ -141,6 +142,16 @@ def test_claims_of_mqar_are_compared():
     assert list(mqar.claims({"attention": {"measured": [[0.9, 1.0]]}}).values()) == [False]
 
 
+@pytest.mark.large
+def test_attention_read_in_pieces_sees_all_that_came_before():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_layers": 1, "mlp_size": 16}
+    config = nn.CausalLMConfig(mixer=nn.SoftmaxAttentionConfig(num_heads=2, cache_size=32), init_std=0.5, **sizes)
+    model = nn.CausalLM(config, rngs=nnx.Rngs(0))
+    batch = ladder.windows(np.arange(100) ** 2 % 32, np.array([0, 40]), 32)
+    whole, _ = small_runs.losses_and_hits(model, batch)
+    np.testing.assert_allclose(small_runs.losses_in_pieces(model, batch, 4), whole, rtol=1e-5)
+
+
 def test_claims_of_the_ladder_follow_the_paper():
     rows = {name: {"measured": [bits, bits]} for name, bits in ladder.PAPER.items()}
     assert list(ladder.claims(rows).values()) == [True] * 5
@@ -165,20 +176,22 @@ def test_claims_of_lengths_are_compared():
         for name, both in speeds.items()
         for n, x in zip((4096, 8192), both, strict=True)
     ]
-    op = [{"op": "GLA", "length": 1024, "forward and backward": 2.0}]
-    softmax = [{"op": lengths.ATTENTION, "length": 1024, "forward and backward": 1.0}]
-    seen = lengths.claims({"training": rows, "op": op + softmax})
-    assert list(seen.values()) == [False, True, True, False]
-    assert lengths.claims({"training": rows[:2], "op": softmax}) == {}
+    assert list(lengths.claims_of_training(rows).values()) == [True, False, True]
+    assert list(lengths.claims_of_training(rows[:-1]).values()) == [True]
+    assert lengths.claims_of_training(rows[:2]) == {}
+    times = [{"op": "GLA", "length": n, "forward and backward": 2.0} for n in (1024, 2048)]
+    times += [{"op": lengths.ATTENTION, "length": n, "forward and backward": n / 800} for n in (1024, 2048)]
+    assert list(lengths.claims_of_ops(times).values()) == [False]
+    assert list(lengths.claims_of_ops(times[1::2]).values()) == [True]
 
 
 @pytest.mark.large
-def test_lengths_run(tmp_path, monkeypatch):
-    record = lengths.main(["--preset", "tiny", "--out", str(tmp_path / "out.json")])
-    assert [row["tokens_per_s"] > 0 < row["memory_gb"] for row in record["training"]] == [True] * 2
+@pytest.mark.parametrize(("part", "row"), [("training", "| GLA | 32 |"), ("op", "| GLA, 1 x (16, 16) | ")])
+def test_lengths_run(part, row, tmp_path, monkeypatch):
+    record = lengths.main([part, "--preset", "tiny", "--out", str(tmp_path / "out.json")])
+    assert [x["length"] for x in record["results"]] == ([32, 64] if part == "training" else [64, 64, 128, 128])
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "| GLA | 32 |" in tables.TABLES["training against length"]()
-    assert "| GLA, 1 x (16, 16) |" in tables.TABLES["op against length"]()
+    assert row in tables.TABLES[f"{part} against length"]()
     assert [path.name for path in plots.draw(tmp_path)] == ["out.svg"]
 
 
