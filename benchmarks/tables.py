@@ -12,7 +12,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/experiments.md")
+PAGES = ("README.md", "docs/performance.md", "docs/experiments.md", "docs/layers.md")
 
 
 def records(what: str) -> list[tuple[str, dict]]:
@@ -145,6 +145,27 @@ def train_table() -> str:
     return "\n".join([*lines, ""])
 
 
+def parity_table() -> str:
+    """How far logits are from the peers' own, by family."""
+    lines = []
+    for _, record in records("parity"):
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        rows, length = record["tokens_bt"]
+        lines += [f"{record['device']}, {record['date'][:10]}, {rows} x {length} tokens; {versions}:", ""]
+        names = ("model", "float32", "bfloat16", "ours to float32", "theirs to float32", "a block: ours", "theirs")
+        lines += [f"| {' | '.join(names)} | written back |", "|---" * (len(names) + 1) + "|"]
+        for name, row in record["results"].items():
+            alone = row["each block alone, of what entered theirs in bfloat16"]
+            blocks = [[block[f"{who} bfloat16 to our float32"] for block in alone] for who in ("our", "their")]
+            back = [row["theirs of what we wrote"][dtype]["to theirs of its own"] for dtype in record["bars"]]
+            numbers = [*row["logits"].values(), *(float(np.mean(x)) if None not in x else None for x in blocks)]
+            shown = ["none" if x is None else f"{x:.1e}" for x in numbers]
+            same = "the same" if back == [0, 0] else " and ".join("none" if x is None else f"{x:.1e}" for x in back)
+            lines.append(f"| {name} | {' | '.join(shown)} | {same} |")
+        lines.append("")
+    return "\n".join(lines) or "Not run yet.\n"
+
+
 TABLES = {
     "op timings": op_table,
     "training steps": train_table,
@@ -154,6 +175,7 @@ TABLES = {
     "mqar": lambda: experiment_table("mqar"),
     "ladder": lambda: experiment_table("ladder"),
     "extrapolation": extrapolation_table,
+    "parity": parity_table,
 }
 
 
