@@ -12,7 +12,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/experiments.md", "docs/layers.md")
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/experiments.md", "docs/layers.md")
 
 
 def records(what: str) -> list[tuple[str, dict]]:
@@ -32,6 +32,33 @@ def op_table() -> str:
         for name, row in record["milliseconds"].items():
             lines.append(f"| {name} | {row['forward']:.2f} | {row['forward + backward']:.2f} |")
         lines.append("")
+    return "\n".join(lines)
+
+
+def forward_table() -> str:
+    """Milliseconds of the forward's kernels by shape, of what they were to reach, and what other gates cost."""
+    lines = []
+    for _, record in records("op_gpu"):
+        groups: dict[str, dict[str, dict]] = {}
+        for row in record["results"]:
+            groups.setdefault(row["group"], {})[row["name"]] = row
+        copy, matmul = groups["ceilings"]["copy"]["TB/s"], groups["ceilings"]["matmul"]["TFLOP/s"]
+        lines += [
+            f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}; bfloat16. Ceilings there:"
+        ]
+        lines += [f"copying {copy:.2f} TB/s, a product of 8192 x 8192 matrices {matmul:.0f} TFLOP/s.", ""]
+        kinds = [kind for kind in dict.fromkeys(name.split(") ")[-1] for name in groups.get("gates", {}))]
+        names = ("b, t, h, k, v", "ms", "to reach", "TB/s", "TFLOP/s", *kinds)
+        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for shape, row in groups["bars"].items():
+            ratios = [groups["gates"].get(f"{shape} {kind}", {}).get("ratio") for kind in kinds]
+            times = " | ".join("" if x is None else f"{x:.2f}x" for x in ratios)
+            numbers = f"{row['ms']:.3f} | {row['to reach']} | {row['TB/s']:.2f} | {row['TFLOP/s']:.0f}"
+            lines.append(f"| {shape.strip('()')} | {numbers} | {times} |")
+        others = [
+            f"{name.split(' ', 2)[2]}: {row['ms']:.3f} ms" for name, row in groups["ceilings"].items() if "ms" in row
+        ]
+        lines += ["", f"cuDNN attention, causal, of (b, t, heads, width): {'; '.join(others)}.", ""]
     return "\n".join(lines)
 
 
@@ -170,6 +197,7 @@ TABLES = {
     "op timings": op_table,
     "training steps": train_table,
     "op plots": op_plots,
+    "forward": forward_table,
     "backward": backward_table,
     "decoding": decode_table,
     "mqar": lambda: experiment_table("mqar"),
