@@ -43,11 +43,10 @@ def forward_table() -> str:
         for row in record["results"]:
             groups.setdefault(row["group"], {})[row["name"]] = row
         copy, matmul = groups["ceilings"]["copy"]["TB/s"], groups["ceilings"]["matmul"]["TFLOP/s"]
-        lines += [
-            f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}; bfloat16. Ceilings there:"
-        ]
-        lines += [f"copying {copy:.2f} TB/s, a product of 8192 x 8192 matrices {matmul:.0f} TFLOP/s.", ""]
-        kinds = [kind for kind in dict.fromkeys(name.split(") ")[-1] for name in groups.get("gates", {}))]
+        where = f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}; bfloat16"
+        ceilings = f"copying {copy:.2f} TB/s, a product of 8192 x 8192 matrices {matmul:.0f} TFLOP/s"
+        lines += [f"{where}. Ceilings there: {ceilings}.", ""]
+        kinds = list(dict.fromkeys(name.split(") ")[-1] for name in groups.get("gates", {})))
         names = ("b, t, h, k, v", "ms", "to reach", "TB/s", "TFLOP/s", *kinds)
         lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for shape, row in groups["bars"].items():
@@ -55,10 +54,9 @@ def forward_table() -> str:
             times = " | ".join("" if x is None else f"{x:.2f}x" for x in ratios)
             numbers = f"{row['ms']:.3f} | {row['to reach']} | {row['TB/s']:.2f} | {row['TFLOP/s']:.0f}"
             lines.append(f"| {shape.strip('()')} | {numbers} | {times} |")
-        others = [
-            f"{name.split(' ', 2)[2]}: {row['ms']:.3f} ms" for name, row in groups["ceilings"].items() if "ms" in row
-        ]
-        lines += ["", f"cuDNN attention, causal, of (b, t, heads, width): {'; '.join(others)}.", ""]
+        peers = {name.split(" ", 2)[2]: row["ms"] for name, row in groups["ceilings"].items() if "ms" in row}
+        shown = "; ".join(f"{shape} {ms:.3f} ms" for shape, ms in peers.items())
+        lines += ["", f"cuDNN attention, causal, of (b, t, heads, width): {shown}.", ""]
     return "\n".join(lines)
 
 
