@@ -151,23 +151,29 @@ def op_plots() -> str:
     return "\n".join(f"```{{image}} plots/{name}.svg\n:alt: Milliseconds on {device}\n```\n" for name, device in shown)
 
 
-def train_table() -> str:
-    """How fast each preset was seen to train, and where the time of those went that were profiled."""
-    found = [record for _, record in records("train")]
+def speed_table() -> str:
+    """How fast each preset was seen to train."""
     names = ("preset", "tokens a step", "device", "tokens/s", "6 N a token, of the peak", "memory", "date")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for x in found:
+    for _, x in records("train"):
         use = "-" if x["mfu_6n"] is None else f"{100 * x['mfu_6n']:.1f} %"
         numbers = f"{x['tokens_per_s']:,} | {use} | {x['memory_gb']:.1f} GB | {x['date'][:10]}"
         lines.append(f"| {x['preset']} | {x['batch']} x {x['length']} | {x['device']} | {numbers} |")
-    for x in (x for x in found if "kernels" in x):
+    return "\n".join([*lines, ""])
+
+
+def train_table() -> str:
+    """The same, and where the time of those went that were profiled."""
+    lines = [speed_table()]
+    for x in (x for _, x in records("train") if "kernels" in x):
         step = sorted(x["step_ms"])[len(x["step_ms"]) // 2]
-        lines += ["", f"{x['preset']}: a step of {step:.1f} ms; its kernels, as the profiler has them:", ""]
+        lines += [f"{x['preset']}: a step of {step:.1f} ms; its kernels, as the profiler has them:", ""]
         lines += ["| of | work | ms | share | kernels |", "|---|---|---|---|---|"]
         for row in x["kernels"]:
             numbers = f"{row['ms']:.2f} | {100 * row['share']:.1f} % | {row['calls']}"
             lines.append(f"| {row['part']} | {row['work']} | {numbers} |")
-    return "\n".join([*lines, ""])
+        lines.append("")
+    return "\n".join(lines)
 
 
 def parity_table() -> str:
@@ -193,6 +199,7 @@ def parity_table() -> str:
 
 TABLES = {
     "op timings": op_table,
+    "training speed": speed_table,
     "training steps": train_table,
     "op plots": op_plots,
     "forward": forward_table,
