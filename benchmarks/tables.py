@@ -14,7 +14,7 @@ from benchmarks.mqar import counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/experiments.md")
+PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/experiments.md", "docs/layers.md")
 
 
 def records(what: str) -> list[tuple[str, dict]]:
@@ -34,6 +34,31 @@ def op_table() -> str:
         for name, row in record["milliseconds"].items():
             lines.append(f"| {name} | {row['forward']:.2f} | {row['forward + backward']:.2f} |")
         lines.append("")
+    return "\n".join(lines)
+
+
+def forward_table() -> str:
+    """Milliseconds of the forward's kernels by shape, of what they were to reach, and what other gates cost."""
+    lines = []
+    for _, record in records("op_gpu"):
+        groups: dict[str, dict[str, dict]] = {}
+        for row in record["results"]:
+            groups.setdefault(row["group"], {})[row["name"]] = row
+        copy, matmul = groups["ceilings"]["copy"]["TB/s"], groups["ceilings"]["matmul"]["TFLOP/s"]
+        where = f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}; bfloat16"
+        ceilings = f"copying {copy:.2f} TB/s, a product of 8192 x 8192 matrices {matmul:.0f} TFLOP/s"
+        lines += [f"{where}. Ceilings there: {ceilings}.", ""]
+        kinds = list(dict.fromkeys(name.split(") ")[-1] for name in groups.get("gates", {})))
+        names = ("b, t, h, k, v", "ms", "to reach", "TB/s", "TFLOP/s", *kinds)
+        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for shape, row in groups["bars"].items():
+            ratios = [groups["gates"].get(f"{shape} {kind}", {}).get("ratio") for kind in kinds]
+            times = " | ".join("" if x is None else f"{x:.2f}x" for x in ratios)
+            numbers = f"{row['ms']:.3f} | {row['to reach']} | {row['TB/s']:.2f} | {row['TFLOP/s']:.0f}"
+            lines.append(f"| {shape.strip('()')} | {numbers} | {times} |")
+        peers = {name.split(" ", 2)[2]: row["ms"] for name, row in groups["ceilings"].items() if "ms" in row}
+        shown = "; ".join(f"{shape} {ms:.3f} ms" for shape, ms in peers.items())
+        lines += ["", f"cuDNN attention, causal, of (b, t, heads, width): {shown}.", ""]
     return "\n".join(lines)
 
 
@@ -177,29 +202,58 @@ def op_plots() -> str:
     return "\n".join(f"```{{image}} plots/{name}.svg\n:alt: Milliseconds on {device}\n```\n" for name, device in shown)
 
 
-def train_table() -> str:
-    """How fast each preset was seen to train, and where the time of those went that were profiled."""
-    found = [record for _, record in records("train")]
+def speed_table() -> str:
+    """How fast each preset was seen to train."""
     names = ("preset", "tokens a step", "device", "tokens/s", "6 N a token, of the peak", "memory", "date")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for x in found:
+    for _, x in records("train"):
         use = "-" if x["mfu_6n"] is None else f"{100 * x['mfu_6n']:.1f} %"
         numbers = f"{x['tokens_per_s']:,} | {use} | {x['memory_gb']:.1f} GB | {x['date'][:10]}"
         lines.append(f"| {x['preset']} | {x['batch']} x {x['length']} | {x['device']} | {numbers} |")
-    for x in (x for x in found if "kernels" in x):
+    return "\n".join([*lines, ""])
+
+
+def train_table() -> str:
+    """The same, and where the time of those went that were profiled."""
+    lines = [speed_table()]
+    for x in (x for _, x in records("train") if "kernels" in x):
         step = sorted(x["step_ms"])[len(x["step_ms"]) // 2]
-        lines += ["", f"{x['preset']}: a step of {step:.1f} ms; its kernels, as the profiler has them:", ""]
+        lines += [f"{x['preset']}: a step of {step:.1f} ms; its kernels, as the profiler has them:", ""]
         lines += ["| of | work | ms | share | kernels |", "|---|---|---|---|---|"]
         for row in x["kernels"]:
             numbers = f"{row['ms']:.2f} | {100 * row['share']:.1f} % | {row['calls']}"
             lines.append(f"| {row['part']} | {row['work']} | {numbers} |")
-    return "\n".join([*lines, ""])
+        lines.append("")
+    return "\n".join(lines)
+
+
+def parity_table() -> str:
+    """How far logits are from the peers' own, by family."""
+    lines = []
+    for _, record in records("parity"):
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        rows, length = record["tokens_bt"]
+        lines += [f"{record['device']}, {record['date'][:10]}, {rows} x {length} tokens; {versions}:", ""]
+        names = ("model", "float32", "bfloat16", "ours to float32", "theirs to float32", "a block: ours", "theirs")
+        lines += [f"| {' | '.join(names)} | written back |", "|---" * (len(names) + 1) + "|"]
+        for name, row in record["results"].items():
+            alone = row["each block alone, of what entered theirs in bfloat16"]
+            blocks = [[block[f"{who} bfloat16 to our float32"] for block in alone] for who in ("our", "their")]
+            back = [row["theirs of what we wrote"][dtype]["to theirs of its own"] for dtype in record["bars"]]
+            numbers = [*row["logits"].values(), *(float(np.mean(x)) if None not in x else None for x in blocks)]
+            shown = ["none" if x is None else f"{x:.1e}" for x in numbers]
+            same = "the same" if back == [0, 0] else " and ".join("none" if x is None else f"{x:.1e}" for x in back)
+            lines.append(f"| {name} | {' | '.join(shown)} | {same} |")
+        lines.append("")
+    return "\n".join(lines) or "Not run yet.\n"
 
 
 TABLES = {
     "op timings": op_table,
+    "training speed": speed_table,
     "training steps": train_table,
     "op plots": op_plots,
+    "forward": forward_table,
     "backward": backward_table,
     "decoding": decode_table,
     "mqar": recall_table,
@@ -207,6 +261,7 @@ TABLES = {
     "extrapolation": extrapolation_table,
     "training against length": training_lengths_table,
     "op against length": op_lengths_table,
+    "parity": parity_table,
 }
 
 

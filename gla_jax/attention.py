@@ -11,7 +11,7 @@ import numpy as np
 from gla_jax import checks, exclusive, pallas, segments
 from gla_jax.array_types import Array, Bonus, Gate, Ids, Int, Key, Query, State, Value
 from gla_jax.chunked import chunked, plan
-from gla_jax.mesh import runs_on_one_device, shard_by_arguments, vary_alike
+from gla_jax.mesh import cut_by_batch_and_heads, mixes_axes, runs_on_one_device, shard_by_arguments, vary_alike
 from gla_jax.reference import recurrence
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
@@ -174,8 +174,8 @@ def _run(name, options, q, k, v, g):
 
 
 def _why_not_mosaic_gpu(q, k, v, g, options) -> str | None:
-    if not runs_on_one_device(q):
-        return "on several devices it runs on Explicit mesh axes or inside shard_map alone"
+    if mixes_axes(q):
+        return "on a mesh with Auto axes beside others it cannot be cut: make all axes Auto, or all Explicit"
     stateful = options.initial_state is not None or options.output_final_state
     return pallas.why_unsupported(q, k, v, g, own_states=options.cu_seqlens is not None and stateful)
 
@@ -186,7 +186,7 @@ def _mosaic_gpu(q, k, v, g, state, scale, cu, output_final_state):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kernel_forward(scale, output_final_state, q, k, v, g, state):
-    results = pallas.forward(q, k, v, g, scale, state, output_final_state)
+    results = _forward_kernels(q, k, v, g, scale, state, output_final_state)
     # A kernel's results vary over no axis of a shard_map, whatever its arguments do.
     return vary_alike((results, q))[0]
 
@@ -197,8 +197,43 @@ def _kernel_forward_fwd(scale, output_final_state, *arguments):
 
 def _kernel_forward_bwd(scale, output_final_state, arguments, cotangents):
     q, k, v, g, state = arguments
-    gradients = tuple(pallas.backward(q, k, v, g, scale, state, *cotangents))
-    return vary_alike((gradients, q))[0]
+    return vary_alike((_backward_kernels(q, k, v, g, scale, state, *cotangents), q))[0]
+
+
+# Compiled once for all calls of the same shapes, jitted or not.
+@functools.partial(jax.jit, static_argnums=(4, 6))
+def _forward_kernels(q, k, v, g, scale, state, output_final_state):
+    names = ("o", "state")[: 2 if output_final_state else 1]
+    run = lambda q, k, v, g, state: pallas.forward(q, k, v, g, scale, state, output_final_state)[: len(names)]
+    found = _on_each_device(run, {"q": q, "k": k, "v": v, "g": g, "state": state}, names)
+    return found if output_final_state else (*found, None)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _backward_kernels(q, k, v, g, scale, state, do, dfinal):
+    arguments = {"q": q, "k": k, "v": v, "g": g, "state": state}
+    names = [name for name, x in arguments.items() if x is not None]
+
+    def run(q, k, v, g, state, do, dfinal):
+        found = pallas.backward(q, k, v, g, scale, state, do, dfinal)
+        return tuple(x for x in found if x is not None)
+
+    found = _on_each_device(run, arguments | {"o": do, "dfinal": dfinal}, names)
+    given = dict(zip(names, found, strict=True))
+    return tuple(given.get(name) for name in arguments)
+
+
+def _on_each_device(run, arguments, outputs):
+    """run(*arguments), by the partitioner's cuts on Auto axes of several devices, which cannot see into a kernel."""
+    q, k, g = arguments["q"], arguments["k"], arguments["g"]
+    if runs_on_one_device(q):
+        return run(*arguments.values())
+    dimensions = {"q": "btpk", "k": "bthk", "v": "bthv", "o": "btpv", "state": "bhkv", "dfinal": "bhkv"}
+    dimensions["g"] = "bth" if g is not None and g.ndim == 3 else "bthk"
+    arrays = {name: x for name, x in arguments.items() if x is not None}
+    some = lambda *given: run(*{**arguments, **dict(zip(arrays, given, strict=True))}.values())
+    inputs, outputs = ([dimensions[name] for name in names] for names in (arrays, outputs))
+    return cut_by_batch_and_heads(some, list(arrays.values()), inputs, outputs, q.shape[2] // k.shape[2])
 
 
 _kernel_forward.defvjp(_kernel_forward_fwd, _kernel_forward_bwd)

@@ -1,10 +1,16 @@
-"""Sharded calls: on Explicit mesh axes a call runs on each shard of batch and heads by itself, and of time if asked."""
+"""Sharded calls: a call runs on each shard of batch and heads by itself, and of time if asked.
+
+JAX's partitioner cuts the plain form on Auto mesh axes by itself. It does not see into a kernel, which is told how.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def runs_on_one_device(q) -> bool:
@@ -14,6 +20,66 @@ def runs_on_one_device(q) -> bool:
         return jax.device_count() == 1
     sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     return all(size == 1 for kind, size in sizes if kind == AxisType.Auto)
+
+
+def mixes_axes(q) -> bool:
+    """Whether q's mesh has Auto axes beside others: JAX's partitioner cannot be told how to cut a kernel there."""
+    if isinstance(q, jax.ShapeDtypeStruct) or runs_on_one_device(q):
+        return False
+    mesh = jax.typeof(q).sharding.mesh
+    return any(size > 1 for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if kind != AxisType.Auto)
+
+
+def cut_by_batch_and_heads(
+    run: Callable[..., tuple], arrays: Sequence[Any], inputs: Sequence[str], outputs: Sequence[str], group: int
+) -> tuple:
+    """run(*arrays), on each device's share of batch and heads where mesh axes are Auto.
+
+    Args:
+      run: takes arrays and returns a tuple of them, for any batch and number of heads.
+      inputs, outputs: the dimensions of each, a letter each: b for the batch, h for key/value heads, p for query heads;
+        no other is cut.
+      group: query heads for each key/value head.
+    """
+    dimensions = (*inputs, *outputs) if group > 1 else tuple(x.replace("p", "h") for x in (*inputs, *outputs))
+
+    def lie(mesh, given, results):
+        """Where arrays lie: cut as the first of them already is, where that divides them all."""
+        axes: dict[str, Any] = {}
+        for x, names in zip((*given, *results), dimensions, strict=True):
+            if not isinstance(x.sharding, NamedSharding):
+                raise ValueError(
+                    "mesh: to cut a GPU kernel, put an argument of the jitted function on the mesh's devices"
+                )
+            for name, size, axis in zip(names, x.shape, x.sharding.spec, strict=False):
+                name, size = ("h", size // group) if name == "p" else (name, size)
+                taken = set().union(*map(_names, axes.values()))
+                parts = math.prod(mesh.shape[one] for one in _names(axis))
+                if axis is not None and size % parts == 0 and not taken & _names(axis):
+                    axes.setdefault(name, axis)
+        axes["p"] = axes.get("h")
+        spec = lambda names: PartitionSpec(*(axes.get(name) if name in "bhp" else None for name in names))
+        found = tuple(NamedSharding(mesh, spec(names)) for names in dimensions)
+        return mesh, run, found[len(inputs) :], found[: len(inputs)]
+
+    whole = [name for name in dict.fromkeys("".join(dimensions)) if name not in "bhp"]
+    spaced = [" ".join(names) for names in dimensions]
+    rule = f"{', '.join(spaced[: len(inputs)])} -> {', '.join(spaced[len(inputs) :])}"
+    cut = custom_partitioning(run)
+    cut.def_partition(partition=lie, sharding_rule=rule, need_replication_factors=tuple(whole))
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays):
+        return cut(*arrays)
+
+    @call.def_vmap
+    def _(size, mapped, *arrays):
+        # One more axis is more rows of the batch, which is each array's first.
+        spread = (x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in zip(arrays, mapped, strict=True))
+        results = call(*(x.reshape(-1, *x.shape[2:]) for x in spread))
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in results), (True,) * len(results)
+
+    return call(*arrays)
 
 
 def vary_alike(arrays: Any) -> Any:

@@ -21,7 +21,7 @@ def mesh_of(kind, batch=4, heads=2):
     return jax.make_mesh((batch, heads), ("batch", "heads"), axis_types=(kind, kind))
 
 
-def vjp(x, ids=None, cu=None):
+def vjp(x, ids=None, cu=None, implementation="xla"):
     """o, the final state and the gradients."""
 
     def call(q, k, v, g, state, bonus):
@@ -35,7 +35,7 @@ def vjp(x, ids=None, cu=None):
             output_final_state=x.dstate is not None,
             segment_ids=ids,
             cu_seqlens=cu,
-            implementation="xla",
+            implementation=implementation,
         )
 
     (o, state), pull = jax.vjp(call, x.q, x.k, x.v, x.g, x.initial_state, x.bonus)
@@ -81,6 +81,83 @@ def test_batch_and_heads(kind, gate):
     x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, gate=gate), mesh_of(kind)
     specs, results = specs_of(x)
     check(run(mesh, vjp, place(mesh, x, specs)), expected(x), results, mesh)
+
+
+@pytest.fixture
+def shapes_in_kernels(monkeypatch):
+    """The shapes of q that kernels see, in whose place plain JAX computes on this CPU."""
+    seen = []
+
+    def forward(q, k, v, g, scale, state, output_final_state):
+        seen.append(q.shape)
+        options = {"scale": scale, "initial_state": state, "output_final_state": output_final_state}
+        return gated_linear_attention(q, k, v, g, **options, implementation="xla")
+
+    def backward(q, k, v, g, scale, state, do, dfinal):
+        seen.append(q.shape)
+        call = lambda *given: forward(*given[:4], scale, given[4], dfinal is not None)
+        return jax.vjp(call, q, k, v, g, state)[1]((do, dfinal))
+
+    monkeypatch.setattr(pallas, "why_unsupported", lambda *_, **__: None)
+    monkeypatch.setattr(pallas, "forward", forward)
+    monkeypatch.setattr(pallas, "backward", backward)
+    jax.clear_caches()
+    return seen
+
+
+ON_KERNELS = functools.partial(vjp, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("gate", "states"), [("vector", 4), ("scalar", 4), ("none", 0)])
+def test_kernels_run_on_each_share(kind, gate, states, shapes_in_kernels):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2, gate=gate, states=states), mesh_of(kind)
+    specs, results = specs_of(x)
+    check(run(mesh, ON_KERNELS, place(mesh, x, specs)), expected(x), results, mesh)
+    # The first is traced whole, to find the results' shapes; the partitioner asks for a share.
+    assert shapes_in_kernels[-1] == (1, 70, 2, 8)
+
+
+def test_kernels_run_on_shares_that_only_results_ask_for(shapes_in_kernels):
+    x, mesh = arguments(0, 8, 30, 2, 8, 6, states=0), mesh_of(AxisType.Auto, 8, 1)
+
+    def share(q, k, v, g):
+        o, _ = gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")
+        return jax.lax.with_sharding_constraint(o, P("batch"))
+
+    with jax.set_mesh(mesh):
+        o = jax.jit(share)(jax.device_put(x.q, P()), x.k, x.v, x.g)
+        assert relative(o, expected(x).o) < 1e-5
+        assert shapes_in_kernels[-1] == (1, 30, 2, 8)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="put an argument of the jitted function on the mesh"):
+            jax.jit(share)(x.q, x.k, x.v, x.g)
+
+
+def test_kernels_get_time_and_channels_whole(shapes_in_kernels):
+    x, mesh = arguments(0, 4, 64, 8, 8, 8, hk=4, states=0), mesh_of(AxisType.Auto)
+    for spec in (P(None, "batch", "heads"), P(None, None, None, ("batch", "heads")), P(None, None, ("heads", "batch"))):
+        placed = [jax.device_put(a, NamedSharding(mesh, spec if a is x.q else P())) for a in (x.q, x.k, x.v, x.g)]
+        o, _ = jax.jit(functools.partial(gated_linear_attention, implementation="mosaic_gpu"))(*placed)
+        assert relative(o, expected(x).o) < 1e-5
+        assert shapes_in_kernels[-1][1::2] == (64, 8)
+
+
+def test_kernels_under_vmap_on_shares(shapes_in_kernels):
+    """One more axis is more rows of the batch; what is not mapped is repeated."""
+    x, mesh = arguments(0, 8, 30, 2, 8, 6, states=0), mesh_of(AxisType.Auto)
+    q, k, v, g = (a.reshape(2, 4, *a.shape[1:]) for a in (x.q, x.k, x.v, x.g))
+    q, v = (jax.device_put(a, NamedSharding(mesh, P(None, "batch", None, "heads"))) for a in (q, v))
+    call = lambda q, v: gated_linear_attention(q, k[0], v, g[1], implementation="mosaic_gpu")[0]
+    twice = [jnp.tile(a, (2, 1, 1, 1)) for a in (k[0], g[1])]
+    want = gated_linear_attention(x.q, twice[0], x.v, twice[1], implementation="xla")[0]
+    assert relative(jax.jit(jax.vmap(call))(q, v).reshape(want.shape), want) < 1e-5
+
+
+def test_kernels_are_refused_where_kinds_of_axes_mix(shapes_in_kernels):
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    x = arguments(0, 4, 30, 2, 8, 6, states=0)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="Auto axes beside others"):
+        gated_linear_attention(jax.device_put(x.q, P("batch")), x.k, x.v, x.g, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -191,8 +268,7 @@ def test_the_gpu_kernel_is_traced_a_shard_each(axis_type, monkeypatch):
         q = jax.ShapeDtypeStruct((8, 128, 4, 64), jnp.bfloat16, sharding=sharding)
         g = jax.ShapeDtypeStruct(q.shape, jnp.float32, sharding=sharding)
         if axis_type == AxisType.Auto:
-            with pytest.raises(ValueError, match="Explicit mesh axes or inside shard_map"):
-                jax.jit(gradients).trace(q, q, q, g)
+            assert "custom_partitioning" in str(jax.jit(gradients).trace(q, q, q, g).jaxpr)
             gradients = jax.shard_map(gradients, in_specs=(spec,) * 4, out_specs=spec)
         jaxpr = str(jax.jit(gradients).trace(q, q, q, g).jaxpr)
     assert "mpmd_map" in jaxpr

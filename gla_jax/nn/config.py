@@ -67,7 +67,7 @@ class ModelConfig(Checked):
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     dtype: str = "float32"
-    """What is computed in: float32, bfloat16 or float16. Gates, states, norms and logits are float32 in any case."""
+    """What is computed in: float32, bfloat16 or float16. States, norms, logits, a head's gates are float32 anyway."""
     param_dtype: str = "float32"
     """What parameters are stored in."""
     remat: str = "none"

@@ -110,7 +110,10 @@ class ProjectedLayer(RecurrentLayer):
         pass
 
     def decay(self, x: Array, layer_input: Any) -> Array | None:
-        """Log decays of x [..., d]: [..., hk, k], [..., hk] or [hk], at most 0, float32; None for no decay."""
+        """Log decays of x [..., d], at most 0: [..., hk, k], [..., hk] or [hk] in float32; None for no decay.
+
+        Those of each channel are rounded to the keys' dtype.
+        """
         raise NotImplementedError
 
     def _state_shape(self) -> tuple[int, int, int]:

@@ -152,7 +152,7 @@ class RecurrentLayer(nnx.Module):
         position = cache.get("position")
         if position is not None:
             new["position"] = position + 1
-        arguments = self._arguments(streams, x, position, layer_input)
+        arguments = _with_rounded_gates(self._arguments(streams, x, position, layer_input))
         step: Any = step_in_stack if isinstance(cache["state"], Stacked) else gated_linear_attention_step
         o, new["state"] = step(**arguments, state=cache["state"], scale=self.scale)
         return self._output(o, x, streams, arguments), new
@@ -171,7 +171,7 @@ class RecurrentLayer(nnx.Module):
         if self.reads_positions:
             start = None if cache is None else cache["position"]
             position, new["position"] = positions_after(x.shape[:2], start, segment_ids)
-        arguments = self._arguments(streams, x, position, layer_input)
+        arguments = _with_rounded_gates(self._arguments(streams, x, position, layer_input))
         op = gated_linear_attention
         if self.sequence_axis is not None:
             op = functools.partial(sequence_parallel, axis=self.sequence_axis)
@@ -190,6 +190,12 @@ class RecurrentLayer(nnx.Module):
     def _convolutions(self) -> dict[str, ShortConvolution]:
         found = {name: getattr(self, name) for name in self.convolutions}
         return {name: conv for name, conv in found.items() if conv is not None}
+
+
+def _with_rounded_gates(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The op's arguments, with gates in the keys' dtype if there are as many: in float32 they are most of its input."""
+    g, k = arguments["g"], arguments["k"]
+    return {**arguments, "g": g.astype(k.dtype) if g is not None and g.ndim == k.ndim else g}
 
 
 def check_common(hidden_size: int, norm_eps: float, init_std: float, implementation: Any) -> Implementation | None:

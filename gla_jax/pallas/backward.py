@@ -93,15 +93,14 @@ def backward(
     if gates.ndim == 3:
         gates = jnp.broadcast_to(gates[..., None], k.shape)
 
-    def tokens(x, size):
-        x = _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
-        return x.reshape(batch * parts, rows // parts, *x.shape[2:])
+    tokens = lambda x, size: _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
+    cut = lambda x: x.reshape(batch * parts, rows // parts, *x.shape[2:])
 
-    def call(kernel, heads, scratch, out_type):
+    def call(kernel, sequences, heads, chunks, scratch, out_type):
         return plgpu.kernel(
             functools.partial(kernel, config=config, chunks=chunks, value_parts=value_parts),
             out_type=out_type,
-            grid=(batch * parts, heads, blocks),
+            grid=(sequences, heads, blocks),
             grid_names=("batch", "head", "part"),
             num_threads=config.threads,
             thread_name="role",
@@ -112,34 +111,38 @@ def backward(
             interpret=interpret,
         )
 
-    def walk(k, v, g, *initial, **options):
-        shape, heads = (batch * parts, k.shape[2]), k.shape[2]
-        if not options.get("totals"):
-            shape, kind = (*shape, chunks), dtype
-        else:
-            kind = jnp.float32
-        kernel = functools.partial(backward_states.states_kernel, has_initial=bool(initial), **options)
+    def walk(k, v, g, *initial, totals=False, **options):
+        sequences, length, heads = k.shape[:3]
+        n = pl.cdiv(length, CHUNK)
+        shape, kind = ((sequences, heads), jnp.float32) if totals else ((sequences, heads, n), dtype)
+        kernel = functools.partial(backward_states.states_kernel, has_initial=bool(initial), totals=totals, **options)
         out_type = jax.ShapeDtypeStruct((*shape, keys, values), kind), jax.ShapeDtypeStruct((*shape, keys), jnp.float32)
-        return call(kernel, heads, backward_states.scratch, out_type)(k, v, g, *initial)
+        return call(kernel, sequences, heads, n, backward_states.scratch, out_type)(k, v, g, *initial)
 
-    q_, k_, g_ = (tokens(x, keys) for x in (q, k, gates))
-    v_, do_ = (tokens(x, values) for x in (v, do))
-    ends = [None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal)]
+    whole = [tokens(k, keys), tokens(v, values), tokens(gates, keys)]
+    k_, v_, g_ = (cut(x) for x in whole)
+    q_, do_ = cut(tokens(q, keys)), cut(tokens(do, values))
+    initial, final = (None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal))
+    # Of two parts the first kernel takes both, one after the other: that is faster than a walk for what lies between.
+    splits = 2 if parts == 2 else 1
     if parts > 1:
-        ends = [
-            _through_parts(ends[0], walk(k_, v_, g_, totals=True), parts),
-            _through_parts(ends[1], walk(q_, do_, g_, totals=True, reverse=True, group=group), parts, scale),
-        ]
-    initial, final = (() if x is None else (x,) for x in ends)
-    states, decay = walk(k_, v_, g_, *initial)
+        walked = walk(q_, do_, g_, totals=True, reverse=True, group=group)
+        final = _through_parts(final, walked, parts, scale)
+    if parts > splits:
+        initial = _through_parts(initial, walk(k_, v_, g_, totals=True), parts)
+    states, decay = walk(*(whole if splits == 2 else (k_, v_, g_)), *(() if initial is None else (initial,)))
     # A channel stands for the 64 of its block.
-    mild = jnp.all(decay[..., ::WIDTH] > 0.5, axis=2).astype(jnp.int32)
+    mild = decay[..., ::WIDTH].reshape(*decay.shape[:2], splits, -1, key_parts * config.key_blocks) > 0.5
+    mild = jnp.all(mild, axis=3).astype(jnp.int32)
     of_keys = jax.ShapeDtypeStruct((value_parts, batch * parts, rows // parts, heads, keys), dtype)
     of_values = jax.ShapeDtypeStruct((key_parts, batch * parts, rows // parts, heads, values), dtype)
     of_state = jax.ShapeDtypeStruct((batch * parts, heads, keys, values), jnp.float32)
-    kernel = functools.partial(backward_kernel.backward_kernel, group=group, scale=scale, has_final=bool(final))
-    make = call(kernel, heads, backward_kernel.scratch, (of_keys, of_keys, of_values, of_keys, of_state))
-    *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, decay, mild, *final)
+    kernel = functools.partial(
+        backward_kernel.backward_kernel, splits=splits, group=group, scale=scale, has_final=final is not None
+    )
+    out_type = of_keys, of_keys, of_values, of_keys, of_state
+    make = call(kernel, batch * parts, heads, chunks, backward_kernel.scratch, out_type)
+    *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, decay, mild, *(() if final is None else (final,)))
     dq, dk, dv, dg = (x.reshape(x.shape[0], batch, rows, *x.shape[3:]) for x in of_tokens)
     dinitial = dinitial[::parts]
 

@@ -51,13 +51,14 @@ def scratch(config, dtype):
     }
 
 
-def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final):
+def backward_kernel(*refs, config, chunks, value_parts, splits, group, scale, has_final):
     """The body; refs are q, k, v, g, do, states, decay, mild, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
 
     Everything is linear in the products over k and over v, so a block takes 64 or 128 channels and 128 columns. dq, dk
     and dg are [value_parts, b, t, h, k], dv is [key_parts, b, t, h, v], and dfinal and dinitial are [b, h, k, v]: who
-    calls adds up parts, and query heads of a group. mild is [b, hk, k / 64] int32, 1 for channels that are mild in
-    every chunk.
+    calls adds up parts, and query heads of a group. states and decay are of whole sequences if these are cut in
+    `splits`: [b / splits, hk, splits * chunks, ...]. mild is [b / splits, hk, splits, k / 64] int32, 1 for channels
+    that are mild in every chunk.
     """
     q, k, v, g, do, states, decay, mild, *final, dq, dk, dv, dg, dinitial, s = refs
     warpgroup = lax.axis_index("role")
@@ -66,6 +67,8 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
     kv_head = lax.div(head, jnp.int32(group))
     blocks = config.key_blocks
     tokens = lambda i: pl.ds((chunks - 1 - i) * CHUNK, CHUNK)
+    sequence, split = lax.div(batch, jnp.int32(splits)), lax.rem(batch, jnp.int32(splits))
+    before = lambda ref, i: ref.at[sequence, kv_head, split * chunks + chunks - 1 - i]
 
     def walk(m, *, all_mild):
         own = channels(m)
@@ -86,7 +89,7 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
     @pl.when(warpgroup < blocks)
     def _compute():
         plgpu.set_max_registers(config.compute_registers, action=config.action(config.compute_registers))
-        every = mild[batch, kv_head, key_part * blocks + warpgroup]
+        every = mild[sequence, kv_head, split, key_part * blocks + warpgroup]
         for m in range(blocks):
             pl.when((every > 0) & (warpgroup == m))(functools.partial(walk, m, all_mild=True))
         pl.when(every == 0)(functools.partial(walk, warpgroup, all_mild=False))
@@ -103,7 +106,7 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
                 copy(g.at[batch, tokens(i), kv_head, channels(j)], s["g"].at[slot, j], loaded)
                 copy(q.at[batch, tokens(i), head, channels(j)], s["q"].at[slot, j], loaded)
                 copy(k.at[batch, tokens(i), kv_head, channels(j)], s["k"].at[slot, j], loaded)
-                copy(decay.at[batch, kv_head, chunks - 1 - i, channels(j)], s["rows"].at[slot, j], loaded)
+                copy(before(decay, i).at[channels(j)], s["rows"].at[slot, j], loaded)
 
         def load_values(i):
             slot = lax.rem(i, jnp.int32(config.value_stages))
@@ -111,8 +114,7 @@ def backward_kernel(*refs, config, chunks, value_parts, group, scale, has_final)
             for j in range(VALUE_BLOCKS):
                 copy(v.at[batch, tokens(i), kv_head, columns(j)], s["v"].at[slot, j], loaded)
                 for m in range(blocks):
-                    state = states.at[batch, kv_head, chunks - 1 - i, channels(m), columns(j)]
-                    copy(state, s["state"].at[slot, m, j], loaded)
+                    copy(before(states, i).at[channels(m), columns(j)], s["state"].at[slot, m, j], loaded)
 
         def load_cotangents(i):
             slot = lax.rem(i, jnp.int32(config.value_stages))

@@ -109,10 +109,12 @@ def test_short_convolutions_stand_before_the_feature_map():
     np.testing.assert_allclose(layer(x), bare._output(o, x, streams, {}), rtol=1e-5, atol=1e-6)
 
 
-def test_gates_are_float32_and_states_too():
+def test_gates_are_rounded_last_and_states_are_float32():
     layer = GatedLinearAttention(24, dtype=jnp.bfloat16, gate_low_rank=5, conv_size=3, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 5, 24), jnp.bfloat16)
-    assert layer.decay(x).dtype == jnp.float32
+    low, up = layer.gate_down(x).astype(jnp.float32), layer.gate_up.kernel[...].astype(jnp.bfloat16)
+    g = jax.nn.log_sigmoid(low @ up.astype(jnp.float32) + layer.gate_up.bias[...]) / layer.gate_normalizer
+    np.testing.assert_array_equal(layer.decay(x), g.reshape(2, 5, *layer.decay(x).shape[2:]).astype(jnp.bfloat16))
     y, cache = layer.prefill(x, layer.init_cache(2))
     assert y.dtype == jnp.bfloat16
     assert cache["state"].dtype == jnp.float32
@@ -184,6 +186,6 @@ def test_gradients_of_the_gate_are_those_of_its_equation():
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     half = low.astype(jnp.bfloat16), up.astype(jnp.bfloat16), bias
-    rounded, _, _ = jax.vjp(functools.partial(_log_decay, 16.0), *half)[1](dg)
+    rounded, _, _ = jax.vjp(functools.partial(_log_decay, 16.0), *half)[1](dg.astype(jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_allclose(rounded.astype(jnp.float32), wanted[0], rtol=0.05, atol=0.02)

@@ -123,9 +123,10 @@ def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize(("kind", "shape"), [("mild", SHAPES[1]), ("mixed", (2, 200, 2, 1, 128, 128))], ids=str)
-def test_a_sequence_in_parts(kind, shape):
-    config = dataclasses.replace(choose_backward(shape[4], jnp.dtype("bfloat16")), time_parts=2)
+def test_a_sequence_in_parts(kind, shape, parts):
+    config = dataclasses.replace(choose_backward(shape[4], jnp.dtype("bfloat16")), time_parts=parts)
     check(lambda *args: interpreted(*args, config=config), kind, *shape)
 
 
