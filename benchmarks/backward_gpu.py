@@ -30,6 +30,7 @@ from jax.sharding import AbstractMesh
 from benchmarks.op_gpu import H100, inputs
 from gla_jax.pallas import backward, forward
 from gla_jax.pallas.backward import Gradients
+from gla_jax.pallas.backward_config import choose_backward, in_chunks
 from gla_jax.reference import recurrence
 
 # (b, t, h, k, v) and the milliseconds to reach, forward and backward (issue 4).
@@ -106,15 +107,20 @@ def check(shape, kind, lower):
     return errors
 
 
-def times(shape, kind, lower):
+def times(shape, kind, lower, config=None):
     shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
-    alone_ = compiled(lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do), *shapes, lower=lower)
-    both = lambda q, k, v, g, do: (forward(q, k, v, g, 1.0)[0], backward(q, k, v, g, 1.0, None, do))
+    run = lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do, config=config)
+    alone_ = compiled(run, *shapes, lower=lower)
+    both = lambda q, k, v, g, do: (forward(q, k, v, g, 1.0)[0], run(q, k, v, g, do))
     both = compiled(both, *shapes, lower=lower)
     if alone_ is None:
         return {"lowered": True}
     args = *inputs(shape, kind), cotangents(shape)[0]
     return {"backward": kernels(alone_, *args), "with the forward": kernels(both, *args)["ms"], "to reach": BARS[shape]}
+
+
+def times_in_chunks(shape, kind, lower):
+    return times(shape, kind, lower, in_chunks(choose_backward(shape[3], jnp.dtype(jnp.bfloat16)), shape[3]))
 
 
 def bits(shape, kind, lower):
@@ -133,6 +139,7 @@ FIRST = (8, 2048, 16, 128, 128)
 GROUPS = {
     "check": (check, [(shape, kind) for shape in CHECKED for kind in KINDS]),
     "bits": (bits, [(FIRST, "mild"), (FIRST, "tenth"), ((2, 8192, 16, 64, 128), "mild")]),
+    "chunks": (times_in_chunks, [(shape, kind) for shape in BARS for kind in ("mild", "tenth")]),
     "times": (times, [(shape, "mild") for shape in BARS] + [(FIRST, kind) for kind in KINDS[1:]]),
 }
 

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.array_types import Array, Float, Gate, Key, Query, State, Value
-from gla_jax.pallas import backward_kernel, backward_states
+from gla_jax.pallas import backward_chunks, backward_kernel, backward_states
 from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward, choose_time_parts
 from gla_jax.pallas.config import WIDTH
 from gla_jax.pallas.gating import CHUNK
@@ -70,6 +70,7 @@ def backward(
     key_width, value_width = config.key_blocks * WIDTH, VALUE_BLOCKS * WIDTH
     key_parts, value_parts = pl.cdiv(key_size, key_width), pl.cdiv(value_size, value_width)
     keys, values, blocks = key_parts * key_width, value_parts * value_width, key_parts * value_parts
+    auto_barriers = config.auto_barriers
     chunks, rows = pl.cdiv(time, CHUNK), max(CHUNK, -(-time // 8) * 8)
     parts = config.time_parts or choose_time_parts(batch * heads * blocks, chunks)
     if parts > 1:
@@ -96,9 +97,9 @@ def backward(
     tokens = lambda x, size: _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
     cut = lambda x: x.reshape(batch * parts, rows // parts, *x.shape[2:])
 
-    def call(kernel, sequences, heads, chunks, scratch, out_type):
+    def call(kernel, sequences, heads, blocks, scratch, out_type, config=config, **options):
         return plgpu.kernel(
-            functools.partial(kernel, config=config, chunks=chunks, value_parts=value_parts),
+            functools.partial(kernel, config=config, **options),
             out_type=out_type,
             grid=(sequences, heads, blocks),
             grid_names=("batch", "head", "part"),
@@ -106,45 +107,90 @@ def backward(
             thread_name="role",
             scratch_types=[scratch(config, dtype)],
             compiler_params=plgpu.CompilerParams(
-                approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers, reduction_scratch_bytes=0
+                approx_math=True, unsafe_no_auto_barriers=not auto_barriers, reduction_scratch_bytes=0
             ),
             interpret=interpret,
         )
 
-    def walk(k, v, g, *initial, totals=False, **options):
+    def walk(k, v, g, initial=None, totals=False, has_last=False, **options):
         sequences, length, heads = k.shape[:3]
         n = pl.cdiv(length, CHUNK)
         shape, kind = ((sequences, heads), jnp.float32) if totals else ((sequences, heads, n), dtype)
-        kernel = functools.partial(backward_states.states_kernel, has_initial=bool(initial), totals=totals, **options)
-        out_type = jax.ShapeDtypeStruct((*shape, keys, values), kind), jax.ShapeDtypeStruct((*shape, keys), jnp.float32)
-        return call(kernel, sequences, heads, n, backward_states.scratch, out_type)(k, v, g, *initial)
+        out_type = [
+            jax.ShapeDtypeStruct((*shape, keys, values), kind),
+            jax.ShapeDtypeStruct((*shape, keys), jnp.float32),
+        ]
+        if has_last:
+            out_type.append(jax.ShapeDtypeStruct((sequences, heads, keys, values), jnp.float32))
+        options |= {"chunks": n, "value_parts": value_parts, "totals": totals, "has_last": has_last}
+        options |= {"has_initial": initial is not None}
+        make = call(
+            backward_states.states_kernel, sequences, heads, blocks, backward_states.scratch, tuple(out_type), **options
+        )
+        return make(k, v, g, *(() if initial is None else (initial,)))
 
-    whole = [tokens(k, keys), tokens(v, values), tokens(gates, keys)]
-    k_, v_, g_ = (cut(x) for x in whole)
-    q_, do_ = cut(tokens(q, keys)), cut(tokens(do, values))
+    whole = {"q": tokens(q, keys), "k": tokens(k, keys), "v": tokens(v, values), "g": tokens(gates, keys)}
+    whole["do"] = tokens(do, values)
+    q_, k_, v_, g_, do_ = (cut(x) for x in whole.values())
     initial, final = (None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal))
     # Of two parts the first kernel takes both, one after the other: that is faster than a walk for what lies between.
     splits = 2 if parts == 2 else 1
-    if parts > 1:
+    if parts > 1 and not (config.in_chunks and splits == 2):
         walked = walk(q_, do_, g_, totals=True, reverse=True, group=group)
         final = _through_parts(final, walked, parts, scale)
     if parts > splits:
         initial = _through_parts(initial, walk(k_, v_, g_, totals=True), parts)
-    states, decay = walk(*(whole if splits == 2 else (k_, v_, g_)), *(() if initial is None else (initial,)))
-    # A channel stands for the 64 of its block.
-    mild = decay[..., ::WIDTH].reshape(*decay.shape[:2], splits, -1, key_parts * config.key_blocks) > 0.5
-    mild = jnp.all(mild, axis=3).astype(jnp.int32)
-    of_keys = jax.ShapeDtypeStruct((value_parts, batch * parts, rows // parts, heads, keys), dtype)
-    of_values = jax.ShapeDtypeStruct((key_parts, batch * parts, rows // parts, heads, values), dtype)
-    of_state = jax.ShapeDtypeStruct((batch * parts, heads, keys, values), jnp.float32)
-    kernel = functools.partial(
-        backward_kernel.backward_kernel, splits=splits, group=group, scale=scale, has_final=final is not None
-    )
-    out_type = of_keys, of_keys, of_values, of_keys, of_state
-    make = call(kernel, batch * parts, heads, chunks, backward_kernel.scratch, out_type)
-    *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, decay, mild, *(() if final is None else (final,)))
-    dq, dk, dv, dg = (x.reshape(x.shape[0], batch, rows, *x.shape[3:]) for x in of_tokens)
-    dinitial = dinitial[::parts]
+    of_walk = whole.values() if splits == 2 else (q_, k_, v_, g_, do_)
+    q_of_walk, k_of_walk, v_of_walk, g_of_walk, do_of_walk = of_walk
+    states, decay = walk(k_of_walk, v_of_walk, g_of_walk, initial)
+    if config.in_chunks is not None:
+        d, _, dinitial = walk(
+            q_of_walk, do_of_walk, g_of_walk, final, reverse=True, has_last=True, group=group, scale=scale
+        )
+        dinitial = dinitial[:: parts // splits]
+        mild = jnp.all(decay[..., ::WIDTH] > 0.5, axis=-1).astype(jnp.int32)
+        all_chunks = parts * chunks
+        own = pl.cdiv(all_chunks * batch * heads, 132)
+        out = lambda size: jax.ShapeDtypeStruct((batch, rows, heads, size), dtype)
+        make = call(
+            backward_chunks.chunks_kernel,
+            batch,
+            heads,
+            pl.cdiv(all_chunks, own),
+            backward_chunks.scratch,
+            (out(keys), out(keys), out(values), out(keys)),
+            config=config.in_chunks,
+            chunks=all_chunks,
+            own=own,
+            each=decay.shape[2],
+            steps=values // WIDTH,
+            interpret=interpret is not None,
+            group=group,
+            scale=scale,
+        )
+        of_tokens = make(*(whole[name] for name in ("q", "k", "v", "g", "do")), states, d, decay, mild)
+        dq, dk, dv, dg = (x[None] for x in of_tokens)
+    else:
+        # A channel stands for the 64 of its block.
+        mild = decay[..., ::WIDTH].reshape(*decay.shape[:2], splits, -1, key_parts * config.key_blocks) > 0.5
+        mild = jnp.all(mild, axis=3).astype(jnp.int32)
+        of_keys = jax.ShapeDtypeStruct((value_parts, batch * parts, rows // parts, heads, keys), dtype)
+        of_values = jax.ShapeDtypeStruct((key_parts, batch * parts, rows // parts, heads, values), dtype)
+        of_state = jax.ShapeDtypeStruct((batch * parts, heads, keys, values), jnp.float32)
+        options = {"chunks": chunks, "value_parts": value_parts, "splits": splits, "group": group, "scale": scale}
+        make = call(
+            backward_kernel.backward_kernel,
+            batch * parts,
+            heads,
+            blocks,
+            backward_kernel.scratch,
+            (of_keys, of_keys, of_values, of_keys, of_state),
+            has_final=final is not None,
+            **options,
+        )
+        *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, decay, mild, *(() if final is None else (final,)))
+        dq, dk, dv, dg = (x.reshape(x.shape[0], batch, rows, *x.shape[3:]) for x in of_tokens)
+        dinitial = dinitial[::parts]
 
     add = lambda x: x[0] if x.shape[0] == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
     share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)

@@ -4,11 +4,49 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from gla_jax.pallas.config import WIDTH
 
 # Tiles of 64 columns of v that a block takes.
 VALUE_BLOCKS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunksConfig:
+    """One tuning of the gradients of all chunks in parallel (backward_chunks.py).
+
+    Attributes:
+      key_blocks: k / 64.
+      token_stages: chunks of q, k and g in shared memory.
+      value_stages: 64 columns of v, do, the states and their cotangents in shared memory.
+      compute_registers, load_registers: a thread's, in each role.
+    """
+
+    key_blocks: int
+    token_stages: int
+    value_stages: int
+    compute_registers: int = 240
+    load_registers: int = 24
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that compute."""
+        return min(2, self.key_blocks)
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups in a block."""
+        return self.groups + 1
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers of each thread at launch."""
+        return min(248, 65536 // (128 * self.threads) // 8 * 8)
+
+    def action(self, registers: int) -> Literal["increase", "decrease"]:
+        """What `set_max_registers` has to be told for a role with this many."""
+        return "increase" if registers >= self.launch_registers else "decrease"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +62,7 @@ class BackwardConfig:
       mild: largest decay of a chunk, in nats, for the centred form.
       time_parts: how many parts a sequence is cut in; None for as many as fill a GPU.
       auto_barriers: whether the compiler puts a barrier around each access of shared memory, besides the kernels' own.
+      in_chunks: the tuning of backward_chunks.py, where that makes the gradients; None for backward_kernel.py.
     """
 
     key_blocks: int
@@ -35,6 +74,7 @@ class BackwardConfig:
     mild: float = 96.0
     time_parts: int | None = None
     auto_barriers: bool = False
+    in_chunks: ChunksConfig | None = None
 
     def __post_init__(self):
         if VALUE_BLOCKS % self.key_blocks:
@@ -73,8 +113,17 @@ def choose_time_parts(blocks: int, chunks: int) -> int:
     return max(1, min(132 // blocks, chunks // 8))
 
 
+# Gradients of all chunks in parallel, by k / 64.
+_CHUNKS = {1: ChunksConfig(1, 2, 4), 2: ChunksConfig(2, 1, 2), 4: ChunksConfig(4, 1, 1)}
+
+
 def choose_backward(key_size: int, dtype: jnp.dtype) -> BackwardConfig:
     """The tuning for keys of `key_size` channels."""
     config = _NARROW if key_size <= WIDTH else _WIDE
     # float16 ends at 65504: exp(mild / 2) times a key has to stay below.
     return config if dtype == jnp.bfloat16 else dataclasses.replace(config, mild=8.0)
+
+
+def in_chunks(config: BackwardConfig, key_size: int) -> BackwardConfig:
+    """The tuning with gradients of all chunks in parallel, for k up to 256; not timed yet, so no call takes it."""
+    return dataclasses.replace(config, in_chunks=_CHUNKS[pl.next_power_of_2(pl.cdiv(key_size, WIDTH))])

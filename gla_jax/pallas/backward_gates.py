@@ -65,7 +65,7 @@ class Tiles(NamedTuple):
     zero: Any
 
 
-def _along_columns(row):
+def along_columns(row):
     """[64, 64] with row[i] of shared memory all along column i."""
     return lax.broadcast_in_dim(plgpu.load(row, layout=COLUMNS), TILE, (1,))
 
@@ -80,7 +80,7 @@ def _keep_lower(t, a):
     return jnp.where(load(t.lower) > 0.5, a, 0.0)
 
 
-def _split(x, high, low):
+def split_in_two(x, high, low):
     """x in two tiles, twice as exact as in one."""
     bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 16))
     rounded = lax.bitcast_convert_type(bits, jnp.float32) if high.dtype == jnp.bfloat16 else None
@@ -131,7 +131,7 @@ def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
     half = 0.5 * total
     t.row[...] = half
     plgpu.commit_smem()
-    e = (matmul([(t.lower, t.g)]) - _along_columns(t.row)) * LOG2_E
+    e = (matmul([(t.lower, t.g)]) - along_columns(t.row)) * LOG2_E
     t.q[...] = (load(t.q) * (jnp.exp2(e) * scale)).astype(t.q.dtype)
     t.k[...] = (load(t.k) * jnp.exp2(-e)).astype(t.k.dtype)
     free_tokens()
@@ -150,7 +150,7 @@ def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
     z -= w.astype(jnp.float32)
     dk = ((inside + across) * jnp.exp2(-e)).astype(t.k.dtype)
     plgpu.commit_smem()
-    _split(z, t.g, t.scores)
+    split_in_two(z, t.g, t.scores)
     t.state[0] = w
     plgpu.commit_smem()
 
@@ -167,14 +167,15 @@ def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
     dg, all_w, a = pl.run_scoped(sums, wide, plgpu.ACC((CHUNK, 8), jnp.float32), wide)
     t.row[...] = crossing + all_w
     plgpu.commit_smem()
-    dg += _along_columns(t.row)
+    dg += along_columns(t.row)
     t.g[...] = dg.astype(t.g.dtype)
     t.scores[...] = _keep_lower(t, a).astype(t.scores.dtype)
     return dq, dk
 
 
-def _write_mask(t, keep):
-    t.lower[...] = jnp.where(keep, 1.0, 0.0).astype(t.lower.dtype)
+def write_mask(lower, keep):
+    """Ones where `keep` says so."""
+    lower[...] = jnp.where(keep, 1.0, 0.0).astype(lower.dtype)
     plgpu.commit_smem()
 
 
@@ -195,7 +196,7 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
     for i in range(VALUE_BLOCKS):
         t.d[i] = ds[i].astype(t.d.dtype)
     crossing = _crossing(t, ds, jnp.exp(total))
-    _write_mask(t, columns <= rows)
+    write_mask(t.lower, columns <= rows)
 
     # Between chunks. D is a place for products from here on.
     product = t.d.at[0]
@@ -208,7 +209,7 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
     dg = matmul([(t.lower.T, product)])
     plgpu.commit_smem()
     rows, columns = _numbers(t)
-    _write_mask(t, columns > rows)
+    write_mask(t.lower, columns > rows)
     dk = dk * _decay(t)
     product[...] = (load(t.k) * dk).astype(product.dtype)
     plgpu.commit_smem()
@@ -238,7 +239,7 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
         meets = (row_half >> 1 == column_half >> 1) & (row_half != column_half)
         d_scores = load(t.state.at[0])
         t.scores[...] = jnp.where(meets, d_scores, 0.0).astype(t.scores.dtype)
-        _write_mask(t, (row_half == column_half) & ((columns <= rows) == right))
+        write_mask(t.lower, (row_half == column_half) & ((columns <= rows) == right))
         x = jnp.where(right, load(t.q) * scale, load(t.k)) * _decay(t)
         product[...] = x.astype(product.dtype)
         plgpu.commit_smem()
@@ -264,15 +265,15 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
     # What the other products of the chunk need: q~, k~ and D.
     t.d[0] = ds[0].astype(t.d.dtype)
     rows, columns = _numbers(t)
-    _write_mask(t, columns <= rows)
+    write_mask(t.lower, columns <= rows)
     t.q[...] = (load(t.q) * (_decay(t) * scale)).astype(t.q.dtype)
     plgpu.commit_smem()
     rows, columns = _numbers(t)
-    _write_mask(t, columns > rows)
+    write_mask(t.lower, columns > rows)
     t.k[...] = (load(t.k) * _decay(t)).astype(t.k.dtype)
     t.row[...] = crossing
     plgpu.commit_smem()
-    dg += _along_columns(t.row)
+    dg += along_columns(t.row)
     t.g[...] = jnp.where(load(t.g) <= FLOOR, 0.0, dg).astype(t.g.dtype)
     write_lower(t.lower)
     return dq.astype(t.q.dtype), dk.astype(t.k.dtype)

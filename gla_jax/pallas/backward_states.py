@@ -18,7 +18,8 @@ the sum of all B. Backwards in time, with q for k and do for v,
 
     dS_n = exp(B) dS_{n+1} + (q exp(b_i))^T do
 
-is what it adds to the cotangent of the state.
+is what it adds to the cotangent of the state. Walked so without totals, it gives the cotangent of the state after every
+chunk, scaled like the states.
 """
 
 import functools
@@ -89,13 +90,27 @@ def scratch(config, dtype):
     }
 
 
-def states_kernel(*refs, config, chunks, value_parts, has_initial=False, totals=False, reverse=False, group=1):
-    """The body; refs are k, v, g, [initial state], states [b, h, n, k, v], decay [b, h, n, k], then the scratch.
+def states_kernel(
+    *refs,
+    config,
+    chunks,
+    value_parts,
+    has_initial=False,
+    totals=False,
+    reverse=False,
+    has_last=False,
+    group=1,
+    scale=1.0,
+):
+    """The body; refs are k, v, g, [initial state], states [b, h, n, k, v], decay [b, h, n, k], [last], and the scratch.
 
     With totals, states is [b, h, k, v] in float32, and decay [b, h, k]: the last state and the sum of all B. With
-    reverse the walk is backwards, with q and do as k and v. g's head is the others' divided by group.
+    reverse the walk is backwards, with q and do as k and v. g's head is the others' divided by group. scale is a factor
+    of k. last is the last state [b, h, k, v] in float32.
     """
-    k, v, g, *initial, states, decay, s = refs
+    refs = list(refs)
+    s, last = refs.pop(), refs.pop() if has_last else None
+    k, v, g, *initial, states, decay = refs
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     _, value_part, channels, columns = parts(config, value_parts)
@@ -112,9 +127,11 @@ def states_kernel(*refs, config, chunks, value_parts, has_initial=False, totals=
             initial=None if start is None else [start.at[:, columns(i)] for i in range(VALUE_BLOCKS)],
             states=lambda n, i: (states.at[batch, head] if totals else states.at[batch, head, n]).at[mine, columns(i)],
             decay=lambda n: (decay.at[batch, head] if totals else decay.at[batch, head, n]).at[mine],
+            last=None if last is None else [last.at[batch, head, mine, columns(i)] for i in range(VALUE_BLOCKS)],
             writes_decay=value_part == 0,
             totals=totals,
             reverse=reverse,
+            scale=scale,
         )
 
     @pl.when(warpgroup == config.key_blocks)
@@ -143,7 +160,7 @@ def states_kernel(*refs, config, chunks, value_parts, has_initial=False, totals=
             plgpu.barrier_wait(s["free"].at[n % config.state_stages])
 
 
-def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, writes_decay, totals, reverse):
+def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, last, writes_decay, totals, reverse, scale):
     centre, after, row = s["centre"].at[warpgroup], s["after"].at[warpgroup], s["row"].at[warpgroup]
     copies, decays = s["state"].at[warpgroup], s["decay"].at[warpgroup]
     rows, columns = numbers()
@@ -173,7 +190,7 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
         g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
         plgpu.commit_smem()
         sums, total = products(g)
-        k[...] = (load(k) * jnp.exp(sums)).astype(k.dtype)
+        k[...] = (load(k) * (jnp.exp(sums) if scale == 1.0 else jnp.exp(sums) * scale)).astype(k.dtype)
         keep = along_rows(jnp.exp(total))
         if totals:
             plgpu.commit_smem()
@@ -189,12 +206,13 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
             copies[i] = (carry[i] * read).astype(copies.dtype)
         decays[...] = total + mild * (1.0 - 2.0 * total)
         plgpu.commit_smem()
+        place = chunks - 1 - n if reverse else n
         for i in range(VALUE_BLOCKS):
-            plgpu.copy_smem_to_gmem(copies.at[i], states(n, i), commit_group=False)
+            plgpu.copy_smem_to_gmem(copies.at[i], states(place, i), commit_group=False)
 
         @pl.when(writes_decay)
         def _write():
-            plgpu.copy_smem_to_gmem(decays, decay(n), commit_group=False)
+            plgpu.copy_smem_to_gmem(decays, decay(place), commit_group=False)
 
         plgpu.commit_smem_to_gmem_group()
         return update(slot, k, carry, keep), sum_of_totals
@@ -206,10 +224,12 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, write
         return carry
 
     init = tuple(start(i) for i in range(VALUE_BLOCKS)), vector(0.0)
-    last, sum_of_totals = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, init)
+    final, sum_of_totals = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, init)
+    for i in range(VALUE_BLOCKS if last is not None else 0):
+        last[i][...] = final[i]
     if totals:
         for i in range(VALUE_BLOCKS):
-            states(0, i)[...] = last[i]
+            states(0, i)[...] = final[i]
         decays[...] = sum_of_totals
         plgpu.commit_smem()
 

@@ -8,7 +8,7 @@ import pytest
 
 from gla_jax import gated_linear_attention, pallas
 from gla_jax.pallas.backward import backward
-from gla_jax.pallas.backward_config import BackwardConfig, choose_backward, choose_time_parts
+from gla_jax.pallas.backward_config import BackwardConfig, choose_backward, choose_time_parts, in_chunks
 
 from . import small
 from .small import GATES, arguments, lower_for_h100, recurrence_gradients, relative
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 interpreted = functools.partial(small.interpreted, backward)
 on_the_gpu = jax.jit(backward, static_argnums=4)
+in_parallel_on_the_gpu = jax.jit(backward, static_argnums=4, static_argnames="config")
 
 
 def cotangents(v, heads, state, dtype, scale=1.0):
@@ -128,6 +129,51 @@ def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch)
 def test_a_sequence_in_parts(kind, shape, parts):
     config = dataclasses.replace(choose_backward(shape[4], jnp.dtype("bfloat16")), time_parts=parts)
     check(lambda *args: interpreted(*args, config=config), kind, *shape)
+
+
+# b, t, h, hk, k, v: every width of the kernel, tails of a chunk, padded k and v, grouped heads.
+IN_CHUNKS = [(1, 70, 1, 1, 128, 192), (1, 130, 2, 1, 136, 136), (1, 200, 1, 1, 40, 200)]
+
+
+def chunks_config(key_size, dtype="bfloat16", **options):
+    return dataclasses.replace(in_chunks(choose_backward(key_size, jnp.dtype(dtype)), key_size), **options)
+
+
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
+def test_all_chunks_in_parallel(kind):
+    check(functools.partial(interpreted, config=chunks_config(128)), kind, *IN_CHUNKS[0])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", IN_CHUNKS, ids=str)
+@pytest.mark.parametrize("kind", GATES)
+def test_all_chunks_in_parallel_for_every_gate(kind, shape, dtype):
+    check(functools.partial(interpreted, config=chunks_config(shape[4], dtype)), kind, *shape, dtype=dtype)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
+def test_all_chunks_in_parallel_after_walks_in_parts(kind, parts):
+    config = chunks_config(128, time_parts=parts)
+    check(functools.partial(interpreted, config=config), kind, 2, 260, 2, 1, 128, 192)
+
+
+def test_all_chunks_in_parallel_lower():
+    b, t, h, k, v = 8, 2048, 4, 128, 256
+    keys, values = (jax.ShapeDtypeStruct((b, t, h, n), "bfloat16") for n in (k, v))
+    call = functools.partial(backward, scale=1.0, initial_state=None, config=chunks_config(k))
+    assert lower_for_h100(lambda q, v: call(q, q, v, q, do=v), keys, values).as_text().count("@mosaic_gpu") == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", IN_CHUNKS, ids=str)
+@pytest.mark.parametrize("kind", GATES)
+def test_all_chunks_in_parallel_on_the_gpu(kind, shape, dtype):
+    run = functools.partial(in_parallel_on_the_gpu, config=chunks_config(shape[4], dtype))
+    check(run, kind, *shape, dtype=dtype)
 
 
 def test_few_blocks_cut_the_sequence():

@@ -1,0 +1,445 @@
+"""The gradients of all chunks in parallel, for states that are too large for one block of backward_kernel.py.
+
+backward_states.py has walked both ways: there are the states S before every chunk and the cotangents dS' of those after
+it, scaled as backward_gates.py has them (S~ and D). What is left are sums over the columns of v, which a block goes
+through in steps of 64, and products inside the chunk:
+
+    dq~ = do S~^T + dA k~    dk~ = v D^T + dA^T q~    dv = k~ D + A^T do    dA = tril(do v^T)    rowsum(S~ D) for dg
+
+A block takes some neighbouring chunks of one head. Two warpgroups, or one for k up to 64, compute, each for half of the
+channels; one more loads. A chunk that is mild in all channels is gated first and gone through once. In any other, dq~,
+dk~ and dA are summed up first, a tile at a time, and q and k kept; then come the levels, which leave k~ and A, and then
+dv in one more go.
+"""
+
+import functools
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gla_jax.pallas.backward_gates import LOG2_E, along_columns, split_in_two, write_lower, write_mask
+from gla_jax.pallas.backward_states import LAST, ROWS, TILE, matmul, matmuls, numbers, tile
+from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, nothing, vector
+
+
+def scratch(config, dtype):
+    """Shared memory and barriers of one block, by name."""
+    c = config
+    return {
+        "q": tile((c.token_stages, c.key_blocks, *TILE), dtype),
+        "k": tile((c.token_stages, c.key_blocks, *TILE), dtype),
+        "g": tile((c.token_stages, c.key_blocks, *TILE), dtype),
+        "state": tile((c.value_stages, c.key_blocks, *TILE), dtype),
+        "d": tile((c.value_stages, c.key_blocks, *TILE), dtype),
+        "v": tile((c.value_stages, *TILE), dtype),
+        "do": tile((c.value_stages, *TILE), dtype),
+        "lower": tile((c.groups, *TILE), dtype),
+        # A's share of a warpgroup's channels; dv on its way out, and then dA.
+        "scores": tile((c.groups, *TILE), dtype),
+        "spare": tile((c.groups, *TILE), dtype),
+        "decay": plgpu.SMEM((c.token_stages, c.key_blocks, CHUNK), jnp.float32),
+        "row": plgpu.SMEM((c.groups, CHUNK), jnp.float32),
+        "tokens_loaded": plgpu.Barrier(num_arrivals=4 * c.key_blocks, num_barriers=c.token_stages),
+        "tokens_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.token_stages),
+        "values_loaded": plgpu.Barrier(num_arrivals=2 * c.key_blocks + 2, num_barriers=c.value_stages),
+        "values_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.value_stages),
+        "gated": plgpu.Barrier(num_arrivals=c.groups),
+        "summed": plgpu.Barrier(num_arrivals=c.groups),
+    }
+
+
+def _accumulate(values, make_pairs, interpret):
+    """Each value and the sum of its pairs' products; make_pairs gives a list of pairs for each."""
+    if interpret:
+        # The interpreter cannot start an accumulator from a value.
+        return tuple(x + y for x, y in zip(values, matmuls(*make_pairs()), strict=True))
+
+    def run(accumulators):
+        # Places are made in here: `run_state` cannot close over constant ones.
+        for accumulator, pairs in zip(accumulators, make_pairs(), strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+        plgpu.wgmma_wait(0)
+
+    return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in values)))
+
+
+def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpret):
+    """The body; refs are q, k, v, g, do, states, d, decay, mild, dq, dk, dv, dg, then the scratch.
+
+    Args:
+      chunks: of a sequence; own: of them, a block's; each: of them, those of a walk, if sequences were cut for these:
+        states are [b * p, hk, each, k, v], d as many for h heads, decay [b * p, hk, each, k].
+      steps: v / 64.
+      group: query heads of a key/value head. dk, dv and dg are those of each query head.
+    """
+    q, k, v, g, do, states, d, decay, mild, dq, dk, dv, dg, s = refs
+    c, warpgroup = config, lax.axis_index("role")
+    batch, head, first = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part") * own
+    kv_head = lax.div(head, jnp.int32(group))
+    count = jnp.minimum(own, chunks - first)
+    tokens = lambda i: pl.ds((first + i) * CHUNK, CHUNK)
+    parts = -(-chunks // each)
+
+    def walked(ref, head, i):
+        n = first + i
+        return ref.at[batch * parts + lax.div(n, jnp.int32(each)), head, lax.rem(n, jnp.int32(each))]
+
+    def is_mild(i):
+        n = first + i
+        return mild[batch * parts + lax.div(n, jnp.int32(each)), kv_head, lax.rem(n, jnp.int32(each))]
+
+    @pl.when(warpgroup < c.groups)
+    def _compute():
+        plgpu.set_max_registers(c.compute_registers, action=c.action(c.compute_registers))
+        write_lower(s["lower"].at[warpgroup])
+        outputs = lambda i, m: {
+            name: x.at[batch, tokens(i), head, pl.ds(m * CHUNK, CHUNK)] for name, x in (("q", dq), ("k", dk), ("g", dg))
+        }
+        columns = lambda i, j: dv.at[batch, tokens(i), head, pl.ds(j * CHUNK, CHUNK)]
+        _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, outputs, columns)
+
+    @pl.when(warpgroup == c.groups)
+    def _load():
+        plgpu.set_max_registers(c.load_registers, action=c.action(c.load_registers))
+        copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
+
+        def load_tokens(i):
+            slot = lax.rem(i, jnp.int32(c.token_stages))
+
+            @pl.when(i >= c.token_stages)
+            def _wait():
+                plgpu.barrier_wait(s["tokens_free"].at[slot])
+
+            loaded = s["tokens_loaded"].at[slot]
+            for m in range(c.key_blocks):
+                channels = pl.ds(m * CHUNK, CHUNK)
+                copy(g.at[batch, tokens(i), kv_head, channels], s["g"].at[slot, m], loaded)
+                copy(q.at[batch, tokens(i), head, channels], s["q"].at[slot, m], loaded)
+                copy(k.at[batch, tokens(i), kv_head, channels], s["k"].at[slot, m], loaded)
+                copy(walked(decay, kv_head, i).at[channels], s["decay"].at[slot, m], loaded)
+
+        def load_values(i, j, done):
+            slot = lax.rem(done, jnp.int32(c.value_stages))
+
+            @pl.when(done >= c.value_stages)
+            def _wait():
+                plgpu.barrier_wait(s["values_free"].at[slot])
+
+            loaded, columns = s["values_loaded"].at[slot], pl.ds(j * CHUNK, CHUNK)
+            copy(v.at[batch, tokens(i), kv_head, columns], s["v"].at[slot], loaded)
+            copy(do.at[batch, tokens(i), head, columns], s["do"].at[slot], loaded)
+            for m in range(c.key_blocks):
+                channels = pl.ds(m * CHUNK, CHUNK)
+                copy(walked(states, kv_head, i).at[channels, columns], s["state"].at[slot, m], loaded)
+                copy(walked(d, head, i).at[channels, columns], s["d"].at[slot, m], loaded)
+
+        load_tokens(jnp.int32(0))
+
+        def chunk(i, done):
+            goes = jnp.where(is_mild(i) > 0, 1, c.key_blocks // c.groups + 1)
+
+            def step(j, done):
+                load_values(i, lax.rem(j, jnp.int32(steps)), done)
+
+                @pl.when((j == 0) & (i + 1 < count))
+                def _next():
+                    if c.token_stages > 1:
+                        load_tokens(i + 1)
+
+                return done + 1
+
+            done = lax.fori_loop(jnp.int32(0), goes * steps, step, done)
+
+            @pl.when(i + 1 < count)
+            def _next():
+                if c.token_stages == 1:
+                    load_tokens(i + 1)
+
+            return done
+
+        done = lax.fori_loop(jnp.int32(0), count, chunk, jnp.int32(0))
+        # Every completion of a barrier has to be seen.
+        for name, loads, stages in (("values_free", done, c.value_stages), ("tokens_free", count, c.token_stages)):
+            for n in range(stages):
+
+                @pl.when(loads > n)
+                def _drain(name=name, last=loads - 1 - n, stages=stages):
+                    plgpu.barrier_wait(s[name].at[lax.rem(last, jnp.int32(stages))])
+
+
+def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, outputs, columns):
+    """The computing role; outputs(i, m) and columns(i, j) are where tiles of chunk i go."""
+    tiles = c.key_blocks // c.groups
+
+    def meet(name):
+        plgpu.barrier_arrive(s[name])
+        plgpu.barrier_wait(s[name])
+
+    def zero_of(i):
+        """0, of which the compiler does not know it: it keeps addresses from being computed, and spilled, ahead."""
+        third = lax.rem(i, jnp.int32(3))
+        return third * (third - 1) * (third - 2)
+
+    def chunk(i, done):
+        slot = lax.rem(i, jnp.int32(c.token_stages))
+        mild = is_mild(i)
+        plgpu.barrier_wait(s["tokens_loaded"].at[slot])
+
+        def place(name, t, zero):
+            return s[name].at[slot, warpgroup * tiles + t + zero]
+
+        def sums(done, which, *, with_dv):
+            """dq~, dk~ and the crossing sums of some tiles, and dA, over the columns of v.
+
+            Without dv the last step's place is not given back.
+            """
+
+            def step(j, carry):
+                dq, dk, da, crossing = carry
+                zero = zero_of(j)
+                stage = lax.rem(done + j, jnp.int32(c.value_stages)) + zero
+                plgpu.barrier_wait(s["values_loaded"].at[stage])
+                own = lambda name, t: s[name].at[stage, warpgroup * tiles + t + zero]
+
+                def pairs():
+                    v, do = s["v"].at[stage], s["do"].at[stage]
+                    reads = [[(do, own("state", t).T)] for t in which]
+                    return reads + [[(v, own("d", t).T)] for t in which] + [[(do, v.T)]]
+
+                *found, da = _accumulate((*dq, *dk, da), pairs, interpret)
+                rows = (jnp.sum(load(own("state", t)) * load(own("d", t)), axis=1) for t in which)
+                crossing = tuple(x + y for x, y in zip(crossing, rows, strict=True))
+                if with_dv:
+                    write_dv(j, stage, zero)
+                plgpu.commit_smem()
+
+                @pl.when((j >= 0) if with_dv else (j < steps - 1))
+                def _free():
+                    plgpu.barrier_arrive(s["values_free"].at[stage])
+
+                return tuple(found[: len(which)]), tuple(found[len(which) :]), da, crossing
+
+            wide = (nothing(jnp.float32),) * len(which)
+            init = wide, wide, nothing(jnp.float32), (vector(0.0),) * len(which)
+            return lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, init)
+
+        def write_dv(j, stage, zero):
+            @pl.when(lax.rem(j, jnp.int32(c.groups)) == warpgroup)
+            def _write():
+                pairs = [(s["k"].at[slot, m + zero], s["d"].at[stage, m + zero]) for m in range(c.key_blocks)]
+                pairs += [(s["scores"].at[m + zero].T, s["do"].at[stage]) for m in range(c.groups)]
+                dv, spare = matmul(pairs), s["spare"].at[warpgroup]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                spare[...] = dv.astype(spare.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(spare, columns(i, j))
+
+        lower, scores, spare = (s[name].at[warpgroup] for name in ("lower", "scores", "spare"))
+        row = s["row"].at[warpgroup]
+
+        def keep_lower(a):
+            # Masks made of numbers would be computed, and spilled, ahead of the loop. A product would not do: inf * 0.
+            return jnp.where(load(lower) > 0.5, a, 0.0)
+
+        def exponent(t, zero):
+            """E of a mild tile, in powers of 2."""
+            row[...] = 0.5 * (1.0 - plgpu.layout_cast(s["decay"][slot, warpgroup * tiles + t + zero], ROWS))
+            plgpu.commit_smem()
+            return (matmul([(lower, place("g", t, zero))]) - along_columns(row)) * LOG2_E
+
+        @pl.when(mild > 0)
+        def _mild():
+            zero = zero_of(i)
+            for t in range(tiles):
+                q, k, e = place("q", t, zero), place("k", t, zero), exponent(t, zero)
+                q[...] = (load(q) * (jnp.exp2(e) * scale)).astype(q.dtype)
+                k[...] = (load(k) * jnp.exp2(-e)).astype(k.dtype)
+                plgpu.commit_smem()
+            a = matmul([(place("q", t, zero), place("k", t, zero).T) for t in range(tiles)])
+            scores[...] = keep_lower(a).astype(scores.dtype)
+            plgpu.commit_smem()
+            meet("gated")
+            dqs, dks, da, crossings = sums(done, range(tiles), with_dv=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            meet("summed")
+            spare[...] = keep_lower(da).astype(spare.dtype)
+            plgpu.commit_smem()
+            for t in range(tiles):
+                zero = zero_of(i + t)
+                q, k, g = (place(name, t, zero) for name in "qkg")
+                e = exponent(t, zero)
+                pairs = lambda t=t, zero=zero: [
+                    [(s["spare"].at[warpgroup], place("k", t, zero))],
+                    [(s["spare"].at[warpgroup].T, place("q", t, zero))],
+                ]
+                dq, inside = _accumulate((dqs[t], nothing(jnp.float32)), pairs, interpret)
+                across = dks[t]
+                z = load(q) * dq - load(k) * inside
+                dq = (dq * (jnp.exp2(e) * scale)).astype(q.dtype)
+                w = (load(k) * across).astype(q.dtype)
+                z -= w.astype(jnp.float32)
+                dk = ((inside + across) * jnp.exp2(-e)).astype(k.dtype)
+                plgpu.commit_smem()
+                split_in_two(z, g, scores)
+                q[...] = w
+                plgpu.commit_smem()
+
+                def gate(dg, all_w, q=q, g=g, zero=zero):
+                    plgpu.wgmma(dg, lower.T, g)
+                    plgpu.wgmma(dg, lower.T, scores)
+                    plgpu.wgmma(all_w, q.T, lower.at[LAST].T)
+                    # The triangle's last row is all ones.
+                    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA) + zero
+                    return dg[...], jnp.sum(jnp.where(column == 7, all_w[...], 0.0), axis=1)
+
+                dg, all_w = pl.run_scoped(gate, plgpu.ACC(TILE, jnp.float32), plgpu.ACC((CHUNK, 8), jnp.float32))
+                row[...] = crossings[t] + all_w
+                plgpu.commit_smem()
+                g[...] = (dg + along_columns(row)).astype(g.dtype)
+                q[...] = dq
+                k[...] = dk
+                plgpu.commit_smem()
+
+        @pl.when(mild == 0)
+        def _any():
+            # A tile at a time, as registers are short, and then dv. Of the last step the tiles of this warpgroup's
+            # channels are places for A and for products.
+            def one(t, kept):
+                (dq,), (dk,), da, (crossing,) = sums(done + t * steps, [t], with_dv=False)
+                zero = zero_of(i + t)
+                stage = lax.rem(done + (t + 1) * steps - 1, jnp.int32(c.value_stages)) + zero
+                own = warpgroup * tiles + t + zero
+                all_scores, product = (s[name].at[stage, own] for name in ("state", "d"))
+                spare[...] = da.astype(spare.dtype)
+                all_scores[...] = kept
+                rows, columns_ = numbers()
+                diagonal = jnp.sum(jnp.where(rows == columns_, da, 0.0), axis=1)
+                total = plgpu.layout_cast(s["decay"][slot, own], ROWS)
+                centred = jnp.where(s["decay"][slot, own, 0] > 0.5, 1.0, 0.0)
+                total += centred * (1.0 - 2.0 * total)
+                crossing *= jnp.exp(total * (1.0 - centred))
+                # What S~ and D of a mild tile have in them.
+                row[...] = jnp.exp(-0.5 * centred * total)
+                plgpu.commit_smem()
+                tools = (*(place(name, t, zero) for name in "qkg"), product, lower, scores, spare, all_scores, row)
+                dk = _by_levels(tools, i, scale, dq, dk, diagonal, crossing)
+                kept = plgpu.layout_cast(all_scores[...], plgpu.Layout.WGMMA)
+                # k~ is in its place until dv is made.
+                product[...] = dk
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(product, outputs(i, warpgroup * tiles + t)["k"])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(s["values_free"].at[stage])
+                return kept
+
+            kept = lax.fori_loop(jnp.int32(0), jnp.int32(tiles), one, nothing(scores.dtype))
+            scores[...] = kept
+            plgpu.commit_smem()
+            meet("gated")
+
+            def step(j, _):
+                stage = lax.rem(done + tiles * steps + j, jnp.int32(c.value_stages))
+                plgpu.barrier_wait(s["values_loaded"].at[stage])
+                write_dv(j, stage, zero_of(j))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["values_free"].at[stage])
+
+            lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, None)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            meet("summed")
+
+        for t in range(tiles):
+            store = lambda name, t=t: plgpu.copy_smem_to_gmem(
+                s[name].at[slot, warpgroup * tiles + t], outputs(i, warpgroup * tiles + t)[name], commit_group=False
+            )
+            store("q")
+            store("g")
+            pl.when(mild > 0)(functools.partial(store, "k"))
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(s["tokens_free"].at[slot])
+        return done + jnp.where(mild > 0, steps, (tiles + 1) * steps)
+
+    lax.fori_loop(jnp.int32(0), count, chunk, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _by_levels(tools, i, scale, dq, dk, diagonal, crossing):
+    """The form for every gate, of one tile: leaves dq in q, dg in g, k~ in k; adds to all_scores; returns dk.
+
+    tools: tiles q, k, g, product, lower, scores (for parts of dA), spare (dA), all_scores, and a row [64] with what
+      dq and dk, as they come, are to be multiplied with, and k~.
+    diagonal: dA's.
+    """
+    q, k, g, product, lower, scores, spare, all_scores, row = tools
+    decays = lambda: jnp.exp(matmul([(lower, g)]))
+
+    def unknown_zero(i):
+        third = lax.rem(i, jnp.int32(3))
+        return third * (third - 1) * (third - 2)
+
+    def iotas(i):
+        zero = unknown_zero(i)
+        rows, columns = numbers()
+        return rows + zero, columns + zero
+
+    rows, columns = iotas(i)
+    g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
+    write_mask(lower, columns <= rows)
+    dq = dq * along_columns(row) * (decays() * scale)
+    product[...] = (load(q) * dq).astype(product.dtype)
+    plgpu.commit_smem()
+    dg = matmul([(lower.T, product)])
+    plgpu.commit_smem()
+    write_mask(lower, columns > rows)
+    dk = dk * along_columns(row) * decays()
+    product[...] = (load(k) * dk).astype(product.dtype)
+    plgpu.commit_smem()
+    dg += matmul([(lower.T, product)])
+
+    dq += along_rows(diagonal) * load(k) * scale
+    dk += along_rows(diagonal) * load(q) * scale
+    a = matmul([(q, k.T)])
+    all_scores[...] = (load(all_scores) + jnp.where(rows == columns, a * scale, 0.0)).astype(all_scores.dtype)
+    plgpu.commit_smem()
+
+    def level(m, sums):
+        dq, dk, dg = sums
+        rows, columns = iotas(m)
+        row_half, column_half = rows >> m, columns >> m
+        right = (row_half & 1) == 1
+        meets = right & (row_half == column_half + 1)
+        scores[...] = jnp.where(meets, load(spare), 0.0).astype(scores.dtype)
+        write_mask(lower, (row_half == column_half) & ((columns <= rows) == right))
+        x = jnp.where(right, load(q) * scale, load(k)) * decays()
+        product[...] = x.astype(product.dtype)
+        plgpu.commit_smem()
+        a = jnp.where(meets, matmul([(product, product.T)]), 0.0)
+        all_scores[...] = (load(all_scores) + a).astype(all_scores.dtype)
+        dx = matmul([(scores, product), (scores.T, product)])
+        net = load(product) * dx
+        # Made again rather than held: registers are short here.
+        dx = dx * decays()
+        dq += jnp.where(right, dx * scale, 0.0)
+        dk += jnp.where(right, 0.0, dx)
+        plgpu.commit_smem()
+        product[...] = net.astype(product.dtype)
+        plgpu.commit_smem()
+        dg += matmul([(lower.T, product)])
+        plgpu.commit_smem()
+        return dq, dk, dg
+
+    dq, dk, dg = lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, (dq, dk, dg))
+    rows, columns = iotas(i)
+    write_mask(lower, columns > rows)
+    k[...] = (load(k) * decays() * along_columns(row)).astype(k.dtype)
+    q[...] = dq.astype(q.dtype)
+    plgpu.commit_smem()
+    row[...] = crossing
+    plgpu.commit_smem()
+    g[...] = jnp.where(load(g) <= FLOOR, 0.0, dg + along_columns(row)).astype(g.dtype)
+    write_lower(lower)
+    return dk.astype(k.dtype)
