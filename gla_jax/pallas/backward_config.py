@@ -1,19 +1,18 @@
-"""Tuning of the backward's two kernels: rings of shared memory and registers."""
+"""Tuning of the backward's kernels: rings of shared memory and registers."""
 
 import dataclasses
-from typing import Literal
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from gla_jax.pallas.config import WIDTH
+from gla_jax.pallas.config import WIDTH, Roles
 
 # Tiles of 64 columns of v that a block takes.
 VALUE_BLOCKS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class ChunksConfig:
+class ChunksConfig(Roles):
     """One tuning of the gradients of all chunks in parallel (backward_chunks.py).
 
     Attributes:
@@ -39,18 +38,9 @@ class ChunksConfig:
         """Warpgroups in a block."""
         return self.groups + 1
 
-    @property
-    def launch_registers(self) -> int:
-        """Registers of each thread at launch."""
-        return min(248, 65536 // (128 * self.threads) // 8 * 8)
-
-    def action(self, registers: int) -> Literal["increase", "decrease"]:
-        """What `set_max_registers` has to be told for a role with this many."""
-        return "increase" if registers >= self.launch_registers else "decrease"
-
 
 @dataclasses.dataclass(frozen=True)
-class BackwardConfig:
+class BackwardConfig(Roles):
     """One tuning of the backward, checked when built.
 
     Attributes:
@@ -89,15 +79,6 @@ class BackwardConfig:
     def threads(self) -> int:
         """Warpgroups in a block."""
         return self.key_blocks + 1
-
-    @property
-    def launch_registers(self) -> int:
-        """Registers of each thread at launch."""
-        return min(248, 65536 // (128 * self.threads) // 8 * 8)
-
-    def action(self, registers: int) -> Literal["increase", "decrease"]:
-        """What `set_max_registers` has to be told for a role with this many."""
-        return "increase" if registers >= self.launch_registers else "decrease"
 
 
 _NARROW = BackwardConfig(

@@ -9,8 +9,26 @@ import jax.numpy as jnp
 WIDTH = 64
 
 
+class Roles:
+    """A tuning whose warpgroups, `threads` in number, divide a block's registers between roles."""
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups in a block."""
+        raise NotImplementedError
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers of each thread at launch."""
+        return min(248, 65536 // (128 * self.threads) // 8 * 8)
+
+    def action(self, registers: int) -> Literal["increase", "decrease"]:
+        """What `set_max_registers` has to be told for a role with this many."""
+        return "increase" if registers >= self.launch_registers else "decrease"
+
+
 @dataclasses.dataclass(frozen=True)
-class ForwardConfig:
+class ForwardConfig(Roles):
     """One tuning of the forward kernel, checked when built.
 
     Attributes:
@@ -64,15 +82,6 @@ class ForwardConfig:
     def threads(self) -> int:
         """Warpgroups in a block."""
         return self.matmul_groups + self.gaters + 1
-
-    @property
-    def launch_registers(self) -> int:
-        """Registers of each thread at launch."""
-        return 65536 // (128 * self.threads) // 8 * 8
-
-    def action(self, registers: int) -> Literal["increase", "decrease"]:
-        """What `set_max_registers` has to be told for a role with this many."""
-        return "increase" if registers >= self.launch_registers else "decrease"
 
 
 @dataclasses.dataclass(frozen=True)
