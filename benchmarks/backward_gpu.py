@@ -30,7 +30,6 @@ from jax.sharding import AbstractMesh
 from benchmarks.op_gpu import H100, inputs
 from gla_jax.pallas import backward, forward
 from gla_jax.pallas.backward import Gradients
-from gla_jax.pallas.backward_config import choose_backward, in_chunks
 from gla_jax.reference import recurrence
 
 # (b, t, h, k, v) and the milliseconds to reach, forward and backward (issue 4).
@@ -42,7 +41,7 @@ BARS = {
     (2, 8192, 16, 64, 128): 0.45,
     (8, 2048, 4, 128, 256): 0.26,
 }
-CHECKED = [(2, 300, 2, 128, 128), (2, 300, 2, 64, 128), (1, 1100, 1, 256, 256)]
+CHECKED = [(2, 300, 2, 128, 128), (2, 300, 2, 64, 128), (2, 300, 2, 128, 256), (1, 1100, 1, 256, 512)]
 KINDS = ("mild", "logsigmoid", "resets", "packed", "tenth", "all strong")
 LIMIT_S = 90
 LOCK = pathlib.Path(tempfile.gettempdir()) / "gla_jax-backward_gpu.lock"
@@ -107,9 +106,9 @@ def check(shape, kind, lower):
     return errors
 
 
-def times(shape, kind, lower, config=None):
+def times(shape, kind, lower):
     shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
-    run = lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do, config=config)
+    run = lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do)
     alone_ = compiled(run, *shapes, lower=lower)
     both = lambda q, k, v, g, do: (forward(q, k, v, g, 1.0)[0], run(q, k, v, g, do))
     both = compiled(both, *shapes, lower=lower)
@@ -117,10 +116,6 @@ def times(shape, kind, lower, config=None):
         return {"lowered": True}
     args = *inputs(shape, kind), cotangents(shape)[0]
     return {"backward": kernels(alone_, *args), "with the forward": kernels(both, *args)["ms"], "to reach": BARS[shape]}
-
-
-def times_in_chunks(shape, kind, lower):
-    return times(shape, kind, lower, in_chunks(choose_backward(shape[3], jnp.dtype(jnp.bfloat16)), shape[3]))
 
 
 def bits(shape, kind, lower):
@@ -138,9 +133,16 @@ def bits(shape, kind, lower):
 FIRST = (8, 2048, 16, 128, 128)
 GROUPS = {
     "check": (check, [(shape, kind) for shape in CHECKED for kind in KINDS]),
-    "bits": (bits, [(FIRST, "mild"), (FIRST, "tenth"), ((2, 8192, 16, 64, 128), "mild")]),
-    "chunks": (times_in_chunks, [(shape, kind) for shape in BARS for kind in ("mild", "tenth")]),
-    "times": (times, [(shape, "mild") for shape in BARS] + [(FIRST, kind) for kind in KINDS[1:]]),
+    "bits": (
+        bits,
+        [(FIRST, "mild"), (FIRST, "tenth"), ((2, 8192, 16, 64, 128), "mild"), ((8, 2048, 4, 256, 512), "mild")],
+    ),
+    "times": (
+        times,
+        [(shape, "mild") for shape in BARS]
+        + [(FIRST, kind) for kind in KINDS[1:]]
+        + [((8, 2048, 4, 256, 512), kind) for kind in ("resets", "packed", "tenth", "all strong")],
+    ),
 }
 
 

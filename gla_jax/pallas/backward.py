@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gla_jax.array_types import Array, Float, Gate, Key, Query, State, Value
 from gla_jax.pallas import backward_chunks, backward_kernel, backward_states
 from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward, choose_time_parts
+from gla_jax.pallas.backward_states import Walk
 from gla_jax.pallas.config import WIDTH
 from gla_jax.pallas.gating import CHUNK
 
@@ -66,13 +67,17 @@ def backward(
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
     group, dtype = heads // kv_heads, q.dtype
-    config = config or choose_backward(key_size, dtype)
+    config = config or choose_backward(key_size, value_size, dtype)
     key_width, value_width = config.key_blocks * WIDTH, VALUE_BLOCKS * WIDTH
     key_parts, value_parts = pl.cdiv(key_size, key_width), pl.cdiv(value_size, value_width)
     keys, values, blocks = key_parts * key_width, value_parts * value_width, key_parts * value_parts
-    auto_barriers = config.auto_barriers
+    if config.in_chunks is None and blocks > 1:
+        raise ValueError(f"config.in_chunks=None takes k and v up to 128, not {key_size} and {value_size}")
     chunks, rows = pl.cdiv(time, CHUNK), max(CHUNK, -(-time // 8) * 8)
     parts = config.time_parts or choose_time_parts(batch * heads * blocks, chunks)
+    if config.in_chunks is not None and config.time_parts is None and parts < 4:
+        # Both walks go at the same time: then to walk more blocks twice takes no less.
+        parts = 1
     if parts > 1:
         chunks = pl.cdiv(chunks, parts)
         rows = parts * chunks * CHUNK
@@ -97,105 +102,100 @@ def backward(
     tokens = lambda x, size: _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
     cut = lambda x: x.reshape(batch * parts, rows // parts, *x.shape[2:])
 
-    def call(kernel, sequences, heads, blocks, scratch, out_type, config=config, **options):
+    def call(kernel, grid, scratch, out_type, config=config, **options):
         return plgpu.kernel(
             functools.partial(kernel, config=config, **options),
             out_type=out_type,
-            grid=(sequences, heads, blocks),
+            grid=grid,
             grid_names=("batch", "head", "part"),
             num_threads=config.threads,
             thread_name="role",
             scratch_types=[scratch(config, dtype)],
             compiler_params=plgpu.CompilerParams(
-                approx_math=True, unsafe_no_auto_barriers=not auto_barriers, reduction_scratch_bytes=0
+                approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
             ),
             interpret=interpret,
         )
 
-    def walk(k, v, g, initial=None, totals=False, has_last=False, **options):
-        sequences, length, heads = k.shape[:3]
-        n = pl.cdiv(length, CHUNK)
-        shape, kind = ((sequences, heads), jnp.float32) if totals else ((sequences, heads, n), dtype)
-        out_type = [
-            jax.ShapeDtypeStruct((*shape, keys, values), kind),
-            jax.ShapeDtypeStruct((*shape, keys), jnp.float32),
-        ]
-        if has_last:
-            out_type.append(jax.ShapeDtypeStruct((sequences, heads, keys, values), jnp.float32))
-        options |= {"chunks": n, "value_parts": value_parts, "totals": totals, "has_last": has_last}
-        options |= {"has_initial": initial is not None}
-        make = call(
-            backward_states.states_kernel, sequences, heads, blocks, backward_states.scratch, tuple(out_type), **options
-        )
-        return make(k, v, g, *(() if initial is None else (initial,)))
+    def walk(*walks):
+        """Each walk's outputs; walks are (Walk, k, v, g, initial state) of sequences of the same length."""
+        out_type, inputs = [], []
+        for kind, k, v, g, initial in walks:
+            sequences, length, _ = g.shape[:3]
+            n = pl.cdiv(length, CHUNK)
+            shape, of_states = ((), jnp.float32) if kind.totals else ((n,), dtype)
+            out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, keys, values), of_states))
+            if kind.has_decay:
+                out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, keys), jnp.float32))
+            if kind.has_last:
+                out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, keys, values), jnp.float32))
+            inputs += [k, v, g] if initial is None else [k, v, g, initial]
+        kinds = [kind._replace(has_initial=initial is not None) for kind, *_, initial in walks]
+        grid = (sequences, max(kind.heads for kind in kinds), blocks * len(kinds))
+        options = {"chunks": n, "blocks": blocks, "value_parts": value_parts, "walks": kinds}
+        make = call(backward_states.states_kernel, grid, backward_states.scratch, tuple(out_type), **options)
+        return make(*inputs)
 
     whole = {"q": tokens(q, keys), "k": tokens(k, keys), "v": tokens(v, values), "g": tokens(gates, keys)}
     whole["do"] = tokens(do, values)
     q_, k_, v_, g_, do_ = (cut(x) for x in whole.values())
     initial, final = (None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal))
+    forwards, backwards = Walk(kv_heads), Walk(heads, reverse=True, group=group)
     # Of two parts the first kernel takes both, one after the other: that is faster than a walk for what lies between.
-    splits = 2 if parts == 2 else 1
-    if parts > 1 and not (config.in_chunks and splits == 2):
-        walked = walk(q_, do_, g_, totals=True, reverse=True, group=group)
-        final = _through_parts(final, walked, parts, scale)
+    splits = 2 if parts == 2 and config.in_chunks is None else 1
     if parts > splits:
-        initial = _through_parts(initial, walk(k_, v_, g_, totals=True), parts)
-    of_walk = whole.values() if splits == 2 else (q_, k_, v_, g_, do_)
-    q_of_walk, k_of_walk, v_of_walk, g_of_walk, do_of_walk = of_walk
-    states, decay = walk(k_of_walk, v_of_walk, g_of_walk, initial)
-    if config.in_chunks is not None:
-        d, _, dinitial = walk(
-            q_of_walk, do_of_walk, g_of_walk, final, reverse=True, has_last=True, group=group, scale=scale
+        added, decay, d_added, d_decay = walk(
+            (forwards._replace(totals=True), k_, v_, g_, None), (backwards._replace(totals=True), q_, do_, g_, None)
         )
-        dinitial = dinitial[:: parts // splits]
+        initial = _through_parts(initial, (added, decay), parts)
+        final = _through_parts(final, (d_added, d_decay), parts, scale)
+    elif parts > 1:
+        final = _through_parts(final, walk((backwards._replace(totals=True), q_, do_, g_, None)), parts, scale)
+    if config.in_chunks is not None:
+        last = backwards._replace(scale=scale, has_decay=False, has_last=True)
+        states, decay, d, dinitial = walk((forwards, k_, v_, g_, initial), (last, q_, do_, g_, final))
         mild = jnp.all(decay[..., ::WIDTH] > 0.5, axis=-1).astype(jnp.int32)
         all_chunks = parts * chunks
         own = pl.cdiv(all_chunks * batch * heads, 132)
         out = lambda size: jax.ShapeDtypeStruct((batch, rows, heads, size), dtype)
         make = call(
             backward_chunks.chunks_kernel,
-            batch,
-            heads,
-            pl.cdiv(all_chunks, own),
+            (batch, heads, pl.cdiv(all_chunks, own)),
             backward_chunks.scratch,
             (out(keys), out(keys), out(values), out(keys)),
             config=config.in_chunks,
             chunks=all_chunks,
             own=own,
-            each=decay.shape[2],
+            each=chunks,
             steps=values // WIDTH,
             interpret=interpret is not None,
             group=group,
             scale=scale,
         )
-        of_tokens = make(*(whole[name] for name in ("q", "k", "v", "g", "do")), states, d, decay, mild)
-        dq, dk, dv, dg = (x[None] for x in of_tokens)
+        dq, dk, dv, dg = make(*(whole[name] for name in ("q", "k", "v", "g", "do")), states, d, decay, mild)
     else:
+        of_walk = (whole["k"], whole["v"], whole["g"]) if splits == 2 else (k_, v_, g_)
+        states, decay = walk((forwards, *of_walk, initial))
         # A channel stands for the 64 of its block.
-        mild = decay[..., ::WIDTH].reshape(*decay.shape[:2], splits, -1, key_parts * config.key_blocks) > 0.5
+        mild = decay[..., ::WIDTH].reshape(*decay.shape[:2], splits, -1, config.key_blocks) > 0.5
         mild = jnp.all(mild, axis=3).astype(jnp.int32)
-        of_keys = jax.ShapeDtypeStruct((value_parts, batch * parts, rows // parts, heads, keys), dtype)
-        of_values = jax.ShapeDtypeStruct((key_parts, batch * parts, rows // parts, heads, values), dtype)
+        out = lambda size: jax.ShapeDtypeStruct((batch * parts, rows // parts, heads, size), dtype)
         of_state = jax.ShapeDtypeStruct((batch * parts, heads, keys, values), jnp.float32)
-        options = {"chunks": chunks, "value_parts": value_parts, "splits": splits, "group": group, "scale": scale}
+        options = {"chunks": chunks, "splits": splits, "group": group, "scale": scale, "has_final": final is not None}
         make = call(
             backward_kernel.backward_kernel,
-            batch * parts,
-            heads,
-            blocks,
+            (batch * parts, heads, 1),
             backward_kernel.scratch,
-            (of_keys, of_keys, of_values, of_keys, of_state),
-            has_final=final is not None,
+            (out(keys), out(keys), out(values), out(keys), of_state),
             **options,
         )
         *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, decay, mild, *(() if final is None else (final,)))
-        dq, dk, dv, dg = (x.reshape(x.shape[0], batch, rows, *x.shape[3:]) for x in of_tokens)
-        dinitial = dinitial[::parts]
+        dq, dk, dv, dg = (x.reshape(batch, rows, *x.shape[2:]) for x in of_tokens)
 
-    add = lambda x: x[0] if x.shape[0] == 1 else jnp.sum(x, axis=0, dtype=jnp.float32)
+    dinitial = dinitial[::parts]
     share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
     undo = lambda x, to: (x if factor is None else x.astype(jnp.float32) * factor).astype(to)
-    dg = share(add(dg), 2)[:, :time, :, :key_size]
+    dg = share(dg, 2)[:, :time, :, :key_size]
     if g is not None and g.ndim == 3:
         dg = jnp.sum(dg, axis=-1, dtype=jnp.float32)
     dinitial = undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32)
@@ -205,9 +205,9 @@ def backward(
         first = jnp.sum(entering * dinitial, axis=-1 if dg.ndim == 4 else (-2, -1))
         dg = dg.at[:, 0].set(first.astype(dg.dtype))
     return Gradients(
-        undo(add(dq)[:, :time, :, :key_size], q.dtype),
-        undo(share(add(dk), 2)[:, :time, :, :key_size], k.dtype),
-        undo(share(add(dv), 2)[:, :time, :, :value_size], v.dtype),
+        undo(dq[:, :time, :, :key_size], q.dtype),
+        undo(share(dk, 2)[:, :time, :, :key_size], k.dtype),
+        undo(share(dv, 2)[:, :time, :, :value_size], v.dtype),
         None if g is None else dg,
         None if initial_state is None else dinitial,
     )

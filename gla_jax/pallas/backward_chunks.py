@@ -27,15 +27,13 @@ from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, nothin
 def scratch(config, dtype):
     """Shared memory and barriers of one block, by name."""
     c = config
-    return {
+    memory = {
         "q": tile((c.token_stages, c.key_blocks, *TILE), dtype),
         "k": tile((c.token_stages, c.key_blocks, *TILE), dtype),
-        "g": tile((c.token_stages, c.key_blocks, *TILE), dtype),
-        "state": tile((c.value_stages, c.key_blocks, *TILE), dtype),
-        "d": tile((c.value_stages, c.key_blocks, *TILE), dtype),
-        "v": tile((c.value_stages, *TILE), dtype),
-        "do": tile((c.value_stages, *TILE), dtype),
-        "lower": tile((c.groups, *TILE), dtype),
+        # Each place holds one step's states or their cotangents.
+        "ring": tile((c.ring, c.key_blocks, *TILE), dtype),
+        # v and do, one after the other.
+        "values": tile((2 * c.value_stages, *TILE), dtype),
         # A's share of a warpgroup's channels; dv on its way out, and then dA.
         "scores": tile((c.groups, *TILE), dtype),
         "spare": tile((c.groups, *TILE), dtype),
@@ -43,10 +41,18 @@ def scratch(config, dtype):
         "row": plgpu.SMEM((c.groups, CHUNK), jnp.float32),
         "tokens_loaded": plgpu.Barrier(num_arrivals=4 * c.key_blocks, num_barriers=c.token_stages),
         "tokens_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.token_stages),
-        "values_loaded": plgpu.Barrier(num_arrivals=2 * c.key_blocks + 2, num_barriers=c.value_stages),
+        "ring_loaded": plgpu.Barrier(num_arrivals=c.key_blocks, num_barriers=c.ring),
+        "ring_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.ring),
+        "values_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=c.value_stages),
         "values_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.value_stages),
         "gated": plgpu.Barrier(num_arrivals=c.groups),
         "summed": plgpu.Barrier(num_arrivals=c.groups),
+    }
+    if c.lends:
+        return memory | {"gates_loaded": plgpu.Barrier(num_arrivals=c.key_blocks)}
+    return memory | {
+        "g": tile((c.token_stages, c.key_blocks, *TILE), dtype),
+        "lower": tile((c.groups, *TILE), dtype),
     }
 
 
@@ -94,7 +100,6 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
     @pl.when(warpgroup < c.groups)
     def _compute():
         plgpu.set_max_registers(c.compute_registers, action=c.action(c.compute_registers))
-        write_lower(s["lower"].at[warpgroup])
         outputs = lambda i, m: {
             name: x.at[batch, tokens(i), head, pl.ds(m * CHUNK, CHUNK)] for name, x in (("q", dq), ("k", dk), ("g", dg))
         }
@@ -105,120 +110,172 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
     def _load():
         plgpu.set_max_registers(c.load_registers, action=c.action(c.load_registers))
         copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
+        key_blocks = [(m, pl.ds(m * CHUNK, CHUNK)) for m in range(c.key_blocks)]
+
+        def free(name, n):
+            plgpu.barrier_wait(s[name].at[n])
+            return s[name.replace("free", "loaded")].at[n]
+
+        def load_gates(i, slot, loaded):
+            for m, channels in key_blocks:
+                copy(g.at[batch, tokens(i), kv_head, channels], _gates(s, c, slot).at[m], loaded)
+
+        def lend():
+            """Waits until g's place and the triangle's are free of what the loop over v had there."""
+            plgpu.barrier_wait(s["ring_free"].at[c.ring - 1])
+            plgpu.barrier_wait(s["values_free"].at[c.value_stages - 1])
 
         def load_tokens(i):
             slot = lax.rem(i, jnp.int32(c.token_stages))
-
-            @pl.when(i >= c.token_stages)
-            def _wait():
-                plgpu.barrier_wait(s["tokens_free"].at[slot])
-
-            loaded = s["tokens_loaded"].at[slot]
-            for m in range(c.key_blocks):
-                channels = pl.ds(m * CHUNK, CHUNK)
-                copy(g.at[batch, tokens(i), kv_head, channels], s["g"].at[slot, m], loaded)
+            loaded = free("tokens_free", slot)
+            if c.lends:
+                lend()
+            load_gates(i, slot, loaded)
+            for m, channels in key_blocks:
                 copy(q.at[batch, tokens(i), head, channels], s["q"].at[slot, m], loaded)
                 copy(k.at[batch, tokens(i), kv_head, channels], s["k"].at[slot, m], loaded)
                 copy(walked(decay, kv_head, i).at[channels], s["decay"].at[slot, m], loaded)
 
-        def load_values(i, j, done):
-            slot = lax.rem(done, jnp.int32(c.value_stages))
+        def load_step(i, j, ring, stages):
+            """Of the chunk's step j, or of one that goes through v again."""
+            column = pl.ds(lax.rem(j, jnp.int32(steps)) * CHUNK, CHUNK)
 
-            @pl.when(done >= c.value_stages)
-            def _wait():
-                plgpu.barrier_wait(s["values_free"].at[slot])
+            def load_ring(ref, head, item):
+                slot = lax.rem(item, jnp.int32(ring))
+                loaded = free("ring_free", slot)
+                for m, channels in key_blocks:
+                    copy(walked(ref, head, i).at[channels, column], s["ring"].at[slot, m], loaded)
 
-            loaded, columns = s["values_loaded"].at[slot], pl.ds(j * CHUNK, CHUNK)
-            copy(v.at[batch, tokens(i), kv_head, columns], s["v"].at[slot], loaded)
-            copy(do.at[batch, tokens(i), head, columns], s["do"].at[slot], loaded)
-            for m in range(c.key_blocks):
-                channels = pl.ds(m * CHUNK, CHUNK)
-                copy(walked(states, kv_head, i).at[channels, columns], s["state"].at[slot, m], loaded)
-                copy(walked(d, head, i).at[channels, columns], s["d"].at[slot, m], loaded)
+            load_ring(states, kv_head, 2 * j)
+            stage = lax.rem(j, jnp.int32(stages))
+            loaded = free("values_free", stage)
+            copy(do.at[batch, tokens(i), head, column], s["values"].at[2 * stage + 1], loaded)
+            copy(v.at[batch, tokens(i), kv_head, column], s["values"].at[2 * stage], loaded)
+            load_ring(d, head, 2 * j + 1)
 
-        load_tokens(jnp.int32(0))
+        if c.token_stages > 1:
+            load_tokens(jnp.int32(0))
 
-        def chunk(i, done):
-            goes = jnp.where(is_mild(i) > 0, 1, c.key_blocks // c.groups + 1)
+        def chunk(i, _):
+            mild = is_mild(i)
 
-            def step(j, done):
-                load_values(i, lax.rem(j, jnp.int32(steps)), done)
-
-                @pl.when((j == 0) & (i + 1 < count))
-                def _next():
-                    if c.token_stages > 1:
-                        load_tokens(i + 1)
-
-                return done + 1
-
-            done = lax.fori_loop(jnp.int32(0), goes * steps, step, done)
-
-            @pl.when(i + 1 < count)
-            def _next():
+            def load_next():
+                # The first step's are on their way while the last chunk's gradients of q, k and g are made.
                 if c.token_stages == 1:
-                    load_tokens(i + 1)
+                    load_tokens(i)
+                else:
+                    pl.when(i + 1 < count)(lambda: load_tokens(i + 1))
 
-            return done
+            def go(goes, ring, stages):
+                load_step(i, jnp.int32(0), ring, stages)
+                load_next()
+                lax.fori_loop(jnp.int32(1), goes * steps, lambda j, _: load_step(i, j, ring, stages), None)
 
-        done = lax.fori_loop(jnp.int32(0), count, chunk, jnp.int32(0))
+            @pl.when(mild > 0)
+            def _mild():
+                go(jnp.int32(1), c.ring, c.value_stages)
+                if c.lends:
+                    lend()
+                    load_gates(i, 0, s["gates_loaded"])
+
+            @pl.when(mild == 0)
+            def _any():
+                go(jnp.int32(c.key_blocks // c.groups + 1), c.ring - c.lends, c.value_stages - c.lends)
+
+        lax.fori_loop(jnp.int32(0), count, chunk, None)
         # Every completion of a barrier has to be seen.
-        for name, loads, stages in (("values_free", done, c.value_stages), ("tokens_free", count, c.token_stages)):
-            for n in range(stages):
+        for name, places in (("values_free", c.value_stages), ("ring_free", c.ring), ("tokens_free", c.token_stages)):
+            for n in range(places):
+                plgpu.barrier_wait(s[name].at[n])
 
-                @pl.when(loads > n)
-                def _drain(name=name, last=loads - 1 - n, stages=stages):
-                    plgpu.barrier_wait(s[name].at[lax.rem(last, jnp.int32(stages))])
+
+def _gates(s, c, slot):
+    """Where g is, [key_blocks, 64, 64]: in the ring's last place while no state is there, if that is lent."""
+    return s["ring"].at[c.ring - 1] if c.lends else s["g"].at[slot]
 
 
 def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, outputs, columns):
     """The computing role; outputs(i, m) and columns(i, j) are where tiles of chunk i go."""
     tiles = c.key_blocks // c.groups
+    scores, spare, row = (s[name].at[warpgroup] for name in ("scores", "spare", "row"))
+    # The triangle takes v's or do's last place when that is lent.
+    lower = s["values"].at[2 * c.value_stages - 2 + warpgroup] if c.lends else s["lower"].at[warpgroup]
 
     def meet(name):
         plgpu.barrier_arrive(s[name])
         plgpu.barrier_wait(s[name])
+
+    def give_back_lent():
+        if c.lends:
+            plgpu.barrier_arrive(s["ring_free"].at[c.ring - 1])
+            plgpu.barrier_arrive(s["values_free"].at[c.value_stages - 1])
 
     def zero_of(i):
         """0, of which the compiler does not know it: it keeps addresses from being computed, and spilled, ahead."""
         third = lax.rem(i, jnp.int32(3))
         return third * (third - 1) * (third - 2)
 
-    def chunk(i, done):
+    def chunk(i, _):
         slot = lax.rem(i, jnp.int32(c.token_stages))
         mild = is_mild(i)
-        plgpu.barrier_wait(s["tokens_loaded"].at[slot])
 
         def place(name, t, zero):
-            return s[name].at[slot, warpgroup * tiles + t + zero]
+            at = warpgroup * tiles + t + zero
+            return _gates(s, c, slot).at[at] if name == "g" else s[name].at[slot, at]
 
-        def sums(done, which, *, with_dv):
+        class Step:
+            """Where things are in one step over v; waits until they are there."""
+
+            def __init__(self, j, ring, stages):
+                self.zero = zero_of(j)
+                self.state, self.d = (lax.rem(2 * j + n, jnp.int32(ring)) + self.zero for n in range(2))
+                self.stage = lax.rem(j, jnp.int32(stages)) + self.zero
+                self.v, self.do = (s["values"].at[2 * self.stage + n] for n in range(2))
+
+            def wait(self):
+                plgpu.barrier_wait(s["ring_loaded"].at[self.state])
+                plgpu.barrier_wait(s["values_loaded"].at[self.stage])
+                plgpu.barrier_wait(s["ring_loaded"].at[self.d])
+
+            def own(self, name, t):
+                return s["ring"].at[getattr(self, name), warpgroup * tiles + t + self.zero]
+
+            def free_state(self):
+                plgpu.barrier_arrive(s["ring_free"].at[self.state])
+
+            def free_others(self):
+                plgpu.barrier_arrive(s["values_free"].at[self.stage])
+                plgpu.barrier_arrive(s["ring_free"].at[self.d])
+
+        def sums(first, make_step, which, *, with_dv):
             """dq~, dk~ and the crossing sums of some tiles, and dA, over the columns of v.
 
-            Without dv the last step's place is not given back.
+            Without dv the last step's places are not given back.
             """
 
             def step(j, carry):
                 dq, dk, da, crossing = carry
-                zero = zero_of(j)
-                stage = lax.rem(done + j, jnp.int32(c.value_stages)) + zero
-                plgpu.barrier_wait(s["values_loaded"].at[stage])
-                own = lambda name, t: s[name].at[stage, warpgroup * tiles + t + zero]
+                at = make_step(first + j)
+                at.wait()
 
                 def pairs():
-                    v, do = s["v"].at[stage], s["do"].at[stage]
-                    reads = [[(do, own("state", t).T)] for t in which]
-                    return reads + [[(v, own("d", t).T)] for t in which] + [[(do, v.T)]]
+                    reads = [[(at.do, at.own("state", t).T)] for t in which]
+                    return reads + [[(at.v, at.own("d", t).T)] for t in which] + [[(at.do, at.v.T)]]
 
                 *found, da = _accumulate((*dq, *dk, da), pairs, interpret)
-                rows = (jnp.sum(load(own("state", t)) * load(own("d", t)), axis=1) for t in which)
+                rows = (jnp.sum(load(at.own("state", t)) * load(at.own("d", t)), axis=1) for t in which)
                 crossing = tuple(x + y for x, y in zip(crossing, rows, strict=True))
-                if with_dv:
-                    write_dv(j, stage, zero)
                 plgpu.commit_smem()
+                if with_dv:
+                    at.free_state()
+                    write_dv(j, at)
+                    at.free_others()
+                else:
 
-                @pl.when((j >= 0) if with_dv else (j < steps - 1))
-                def _free():
-                    plgpu.barrier_arrive(s["values_free"].at[stage])
+                    @pl.when(j < steps - 1)
+                    def _free():
+                        at.free_state()
+                        at.free_others()
 
                 return tuple(found[: len(which)]), tuple(found[len(which) :]), da, crossing
 
@@ -226,19 +283,16 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             init = wide, wide, nothing(jnp.float32), (vector(0.0),) * len(which)
             return lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, init)
 
-        def write_dv(j, stage, zero):
+        def write_dv(j, at):
             @pl.when(lax.rem(j, jnp.int32(c.groups)) == warpgroup)
             def _write():
-                pairs = [(s["k"].at[slot, m + zero], s["d"].at[stage, m + zero]) for m in range(c.key_blocks)]
-                pairs += [(s["scores"].at[m + zero].T, s["do"].at[stage]) for m in range(c.groups)]
-                dv, spare = matmul(pairs), s["spare"].at[warpgroup]
+                pairs = [(s["k"].at[slot, m + at.zero], s["ring"].at[at.d, m + at.zero]) for m in range(c.key_blocks)]
+                pairs += [(s["scores"].at[m + at.zero].T, at.do) for m in range(c.groups)]
+                dv = matmul(pairs)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 spare[...] = dv.astype(spare.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(spare, columns(i, j))
-
-        lower, scores, spare = (s[name].at[warpgroup] for name in ("lower", "scores", "spare"))
-        row = s["row"].at[warpgroup]
 
         def keep_lower(a):
             # Masks made of numbers would be computed, and spilled, ahead of the loop. A product would not do: inf * 0.
@@ -249,6 +303,10 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             row[...] = 0.5 * (1.0 - plgpu.layout_cast(s["decay"][slot, warpgroup * tiles + t + zero], ROWS))
             plgpu.commit_smem()
             return (matmul([(lower, place("g", t, zero))]) - along_columns(row)) * LOG2_E
+
+        plgpu.barrier_wait(s["tokens_loaded"].at[slot])
+        if c.lends:
+            write_lower(lower)
 
         @pl.when(mild > 0)
         def _mild():
@@ -261,34 +319,39 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             a = matmul([(place("q", t, zero), place("k", t, zero).T) for t in range(tiles)])
             scores[...] = keep_lower(a).astype(scores.dtype)
             plgpu.commit_smem()
+            give_back_lent()
             meet("gated")
-            dqs, dks, da, crossings = sums(done, range(tiles), with_dv=True)
+            make_step = lambda j: Step(j, c.ring, c.value_stages)
+            dqs, dks, da, crossings = sums(jnp.int32(0), make_step, range(tiles), with_dv=True)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             meet("summed")
+            if c.lends:
+                plgpu.barrier_wait(s["gates_loaded"])
+                write_lower(lower)
             spare[...] = keep_lower(da).astype(spare.dtype)
             plgpu.commit_smem()
             for t in range(tiles):
                 zero = zero_of(i + t)
                 q, k, g = (place(name, t, zero) for name in "qkg")
-                e = exponent(t, zero)
                 pairs = lambda t=t, zero=zero: [
                     [(s["spare"].at[warpgroup], place("k", t, zero))],
                     [(s["spare"].at[warpgroup].T, place("q", t, zero))],
                 ]
                 dq, inside = _accumulate((dqs[t], nothing(jnp.float32)), pairs, interpret)
-                across = dks[t]
-                z = load(q) * dq - load(k) * inside
-                dq = (dq * (jnp.exp2(e) * scale)).astype(q.dtype)
-                w = (load(k) * across).astype(q.dtype)
-                z -= w.astype(jnp.float32)
-                dk = ((inside + across) * jnp.exp2(-e)).astype(k.dtype)
+                w = (load(k) * dks[t]).astype(q.dtype)
+                z = load(q) * dq - load(k) * inside - w.astype(jnp.float32)
+                dk = inside + dks[t]
                 plgpu.commit_smem()
-                split_in_two(z, g, scores)
+                split_in_two(z, k, scores)
                 q[...] = w
                 plgpu.commit_smem()
+                # Only now, as registers are short.
+                e = exponent(t, zero)
+                dq = (dq * (jnp.exp2(e) * scale)).astype(q.dtype)
+                dk = (dk * jnp.exp2(-e)).astype(k.dtype)
 
-                def gate(dg, all_w, q=q, g=g, zero=zero):
-                    plgpu.wgmma(dg, lower.T, g)
+                def gate(dg, all_w, q=q, k=k, zero=zero):
+                    plgpu.wgmma(dg, lower.T, k)
                     plgpu.wgmma(dg, lower.T, scores)
                     plgpu.wgmma(all_w, q.T, lower.at[LAST].T)
                     # The triangle's last row is all ones.
@@ -296,6 +359,7 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                     return dg[...], jnp.sum(jnp.where(column == 7, all_w[...], 0.0), axis=1)
 
                 dg, all_w = pl.run_scoped(gate, plgpu.ACC(TILE, jnp.float32), plgpu.ACC((CHUNK, 8), jnp.float32))
+                plgpu.commit_smem()
                 row[...] = crossings[t] + all_w
                 plgpu.commit_smem()
                 g[...] = (dg + along_columns(row)).astype(g.dtype)
@@ -305,20 +369,21 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
 
         @pl.when(mild == 0)
         def _any():
+            make_step = lambda j: Step(j, c.ring - c.lends, c.value_stages - c.lends)
+
             # A tile at a time, as registers are short, and then dv. Of the last step the tiles of this warpgroup's
             # channels are places for A and for products.
             def one(t, kept):
-                (dq,), (dk,), da, (crossing,) = sums(done + t * steps, [t], with_dv=False)
+                (dq,), (dk,), da, (crossing,) = sums(t * steps, make_step, [t], with_dv=False)
                 zero = zero_of(i + t)
-                stage = lax.rem(done + (t + 1) * steps - 1, jnp.int32(c.value_stages)) + zero
-                own = warpgroup * tiles + t + zero
-                all_scores, product = (s[name].at[stage, own] for name in ("state", "d"))
+                at = make_step((t + 1) * steps - 1)
+                all_scores, product = at.own("state", t), at.own("d", t)
                 spare[...] = da.astype(spare.dtype)
                 all_scores[...] = kept
                 rows, columns_ = numbers()
                 diagonal = jnp.sum(jnp.where(rows == columns_, da, 0.0), axis=1)
-                total = plgpu.layout_cast(s["decay"][slot, own], ROWS)
-                centred = jnp.where(s["decay"][slot, own, 0] > 0.5, 1.0, 0.0)
+                total = plgpu.layout_cast(s["decay"][slot, warpgroup * tiles + t + zero], ROWS)
+                centred = jnp.where(s["decay"][slot, warpgroup * tiles + t + zero, 0] > 0.5, 1.0, 0.0)
                 total += centred * (1.0 - 2.0 * total)
                 crossing *= jnp.exp(total * (1.0 - centred))
                 # What S~ and D of a mild tile have in them.
@@ -332,7 +397,8 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(product, outputs(i, warpgroup * tiles + t)["k"])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(s["values_free"].at[stage])
+                at.free_state()
+                at.free_others()
                 return kept
 
             kept = lax.fori_loop(jnp.int32(0), jnp.int32(tiles), one, nothing(scores.dtype))
@@ -341,11 +407,12 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             meet("gated")
 
             def step(j, _):
-                stage = lax.rem(done + tiles * steps + j, jnp.int32(c.value_stages))
-                plgpu.barrier_wait(s["values_loaded"].at[stage])
-                write_dv(j, stage, zero_of(j))
+                at = make_step(tiles * steps + j)
+                at.wait()
+                write_dv(j, at)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(s["values_free"].at[stage])
+                at.free_state()
+                at.free_others()
 
             lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -353,17 +420,23 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
 
         for t in range(tiles):
             store = lambda name, t=t: plgpu.copy_smem_to_gmem(
-                s[name].at[slot, warpgroup * tiles + t], outputs(i, warpgroup * tiles + t)[name], commit_group=False
+                place(name, t, 0), outputs(i, warpgroup * tiles + t)[name], commit_group=False
             )
             store("q")
             store("g")
             pl.when(mild > 0)(functools.partial(store, "k"))
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        give_back_lent()
         plgpu.barrier_arrive(s["tokens_free"].at[slot])
-        return done + jnp.where(mild > 0, steps, (tiles + 1) * steps)
 
-    lax.fori_loop(jnp.int32(0), count, chunk, jnp.int32(0))
+    # What the loader waits for before it loads is free at first.
+    for name, places in (("values_free", c.value_stages), ("ring_free", c.ring), ("tokens_free", c.token_stages)):
+        for n in range(places):
+            plgpu.barrier_arrive(s[name].at[n])
+    if not c.lends:
+        write_lower(lower)
+    lax.fori_loop(jnp.int32(0), count, chunk, None)
     plgpu.wait_smem_to_gmem(0)
 
 

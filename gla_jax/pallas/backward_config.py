@@ -18,15 +18,24 @@ class ChunksConfig(Roles):
     Attributes:
       key_blocks: k / 64.
       token_stages: chunks of q, k and g in shared memory.
-      value_stages: 64 columns of v, do, the states and their cotangents in shared memory.
+      ring: 64 columns of states, or of their cotangents, in shared memory.
+      value_stages: 64 columns of v and do in shared memory.
+      lends: g and the triangle lie in the last places of the ring and of v and do, which are theirs while q, k and g
+        are gated and their gradients made.
       compute_registers, load_registers: a thread's, in each role.
     """
 
     key_blocks: int
     token_stages: int
+    ring: int
     value_stages: int
+    lends: bool = False
     compute_registers: int = 240
     load_registers: int = 24
+
+    def __post_init__(self):
+        if self.lends and (self.token_stages > 1 or self.ring < 3 or self.value_stages < 2):
+            raise ValueError(f"lends=True takes one token stage, a ring of 3 and two value stages, not {self}")
 
     @property
     def groups(self) -> int:
@@ -51,8 +60,8 @@ class BackwardConfig(Roles):
       compute_registers, load_registers: a thread's, in each role of the second kernel.
       mild: largest decay of a chunk, in nats, for the centred form.
       time_parts: how many parts a sequence is cut in; None for as many as fill a GPU.
-      auto_barriers: whether the compiler puts a barrier around each access of shared memory, besides the kernels' own.
-      in_chunks: the tuning of backward_chunks.py, where that makes the gradients; None for backward_kernel.py.
+      in_chunks: the tuning of backward_chunks.py, where that makes the gradients; None for backward_kernel.py, for
+        k and v up to 128.
     """
 
     key_blocks: int
@@ -63,7 +72,6 @@ class BackwardConfig(Roles):
     load_registers: int
     mild: float = 96.0
     time_parts: int | None = None
-    auto_barriers: bool = False
     in_chunks: ChunksConfig | None = None
 
     def __post_init__(self):
@@ -95,16 +103,17 @@ def choose_time_parts(blocks: int, chunks: int) -> int:
 
 
 # Gradients of all chunks in parallel, by k / 64.
-_CHUNKS = {1: ChunksConfig(1, 2, 4), 2: ChunksConfig(2, 1, 2), 4: ChunksConfig(4, 1, 1)}
+_CHUNKS = {
+    1: ChunksConfig(1, token_stages=2, ring=6, value_stages=3),
+    2: ChunksConfig(2, token_stages=2, ring=3, value_stages=2),
+    4: ChunksConfig(4, token_stages=1, ring=3, value_stages=2, lends=True),
+}
 
 
-def choose_backward(key_size: int, dtype: jnp.dtype) -> BackwardConfig:
-    """The tuning for keys of `key_size` channels."""
+def choose_backward(key_size: int, value_size: int, dtype: jnp.dtype) -> BackwardConfig:
+    """The tuning for keys of `key_size` channels, up to 256, and values of `value_size`."""
     config = _NARROW if key_size <= WIDTH else _WIDE
+    if key_size > 2 * WIDTH or value_size > VALUE_BLOCKS * WIDTH:
+        config = dataclasses.replace(config, in_chunks=_CHUNKS[pl.next_power_of_2(pl.cdiv(key_size, WIDTH))])
     # float16 ends at 65504: exp(mild / 2) times a key has to stay below.
     return config if dtype == jnp.bfloat16 else dataclasses.replace(config, mild=8.0)
-
-
-def in_chunks(config: BackwardConfig, key_size: int) -> BackwardConfig:
-    """The tuning with gradients of all chunks in parallel, for k up to 256; not timed yet, so no call takes it."""
-    return dataclasses.replace(config, in_chunks=_CHUNKS[pl.next_power_of_2(pl.cdiv(key_size, WIDTH))])

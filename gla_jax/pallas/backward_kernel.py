@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients, write_lower
-from gla_jax.pallas.backward_states import ROWS, TILE, matmuls, parts, tile
+from gla_jax.pallas.backward_states import ROWS, TILE, matmuls, tile
 from gla_jax.pallas.gating import CHUNK, along_rows, nothing
 
 
@@ -51,19 +51,18 @@ def scratch(config, dtype):
     }
 
 
-def backward_kernel(*refs, config, chunks, value_parts, splits, group, scale, has_final):
+def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
     """The body; refs are q, k, v, g, do, states, decay, mild, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
 
-    Everything is linear in the products over k and over v, so a block takes 64 or 128 channels and 128 columns. dq, dk
-    and dg are [value_parts, b, t, h, k], dv is [key_parts, b, t, h, v], and dfinal and dinitial are [b, h, k, v]: who
-    calls adds up parts, and query heads of a group. states and decay are of whole sequences if these are cut in
-    `splits`: [b / splits, hk, splits * chunks, ...]. mild is [b / splits, hk, splits, k / 64] int32, 1 for channels
-    that are mild in every chunk.
+    A block takes all of one head's 64 or 128 channels and 128 columns. dq, dk and dg are [b, t, h, k], dv [b, t, h, v],
+    and dfinal and dinitial [b, h, k, v]: who calls adds up query heads of a group. states and decay are of whole
+    sequences if these are cut in `splits`: [b / splits, hk, splits * chunks, ...]. mild is [b / splits, hk, splits,
+    k / 64] int32, 1 for channels that are mild in every chunk.
     """
     q, k, v, g, do, states, decay, mild, *final, dq, dk, dv, dg, dinitial, s = refs
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    key_part, value_part, channels, columns = parts(config, value_parts)
+    channels = columns = lambda i: pl.ds(i * CHUNK, CHUNK)
     kv_head = lax.div(head, jnp.int32(group))
     blocks = config.key_blocks
     tokens = lambda i: pl.ds((chunks - 1 - i) * CHUNK, CHUNK)
@@ -82,14 +81,14 @@ def backward_kernel(*refs, config, chunks, value_parts, splits, group, scale, ha
             all_mild,
             final=[state(final[0], i) for i in range(VALUE_BLOCKS)] if has_final else None,
             initial=[state(dinitial, i) for i in range(VALUE_BLOCKS)],
-            by_channel=lambda i: [x.at[value_part, batch, tokens(i), head, own] for x in (dq, dk, dg)],
-            by_column=lambda i, j: dv.at[key_part, batch, tokens(i), head, columns(j)],
+            by_channel=lambda i: [x.at[batch, tokens(i), head, own] for x in (dq, dk, dg)],
+            by_column=lambda i, j: dv.at[batch, tokens(i), head, columns(j)],
         )
 
     @pl.when(warpgroup < blocks)
     def _compute():
         plgpu.set_max_registers(config.compute_registers, action=config.action(config.compute_registers))
-        every = mild[sequence, kv_head, split, key_part * blocks + warpgroup]
+        every = mild[sequence, kv_head, split, warpgroup]
         for m in range(blocks):
             pl.when((every > 0) & (warpgroup == m))(functools.partial(walk, m, all_mild=True))
         pl.when(every == 0)(functools.partial(walk, warpgroup, all_mild=False))

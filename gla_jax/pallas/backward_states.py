@@ -23,6 +23,7 @@ chunk, scaled like the states.
 """
 
 import functools
+from typing import NamedTuple
 
 from jax import lax
 from jax import numpy as jnp
@@ -64,15 +65,6 @@ def matmuls(*sums):
     return pl.run_scoped(run, *[plgpu.ACC(TILE, jnp.float32)] * len(sums))
 
 
-def parts(config, value_parts):
-    """Which part of k and of v a block has, and slices of its 64 channels and 64 columns by number."""
-    part = lax.axis_index("part")
-    key_part, value_part = lax.div(part, jnp.int32(value_parts)), lax.rem(part, jnp.int32(value_parts))
-    channels = lambda i: pl.ds((key_part * config.key_blocks + i) * CHUNK, CHUNK)
-    columns = lambda i: pl.ds((value_part * VALUE_BLOCKS + i) * CHUNK, CHUNK)
-    return key_part, value_part, channels, columns
-
-
 def scratch(config, dtype):
     """Shared memory and barriers of one block, by name."""
     blocks, stages = config.key_blocks, config.state_stages
@@ -90,48 +82,75 @@ def scratch(config, dtype):
     }
 
 
-def states_kernel(
-    *refs,
-    config,
-    chunks,
-    value_parts,
-    has_initial=False,
-    totals=False,
-    reverse=False,
-    has_last=False,
-    group=1,
-    scale=1.0,
-):
-    """The body; refs are k, v, g, [initial state], states [b, h, n, k, v], decay [b, h, n, k], [last], and the scratch.
+class Walk(NamedTuple):
+    """What one walk takes and leaves, all else being the same as in the other walks of a launch.
 
-    With totals, states is [b, h, k, v] in float32, and decay [b, h, k]: the last state and the sum of all B. With
-    reverse the walk is backwards, with q and do as k and v. g's head is the others' divided by group. scale is a factor
-    of k. last is the last state [b, h, k, v] in float32.
+    Attributes:
+      heads: of k and v.
+      reverse: backwards in time, with q and do as k and v.
+      group: heads of k and v that share one of g.
+      scale: a factor of k.
+      totals: leaves the last state and the sum of all B, in float32, in place of the states and each chunk's decay.
+      has_initial: starts from a state that is given, not from zeros.
+      has_last: leaves the last state in float32, besides.
+      has_decay: leaves the decay.
     """
-    refs = list(refs)
-    s, last = refs.pop(), refs.pop() if has_last else None
-    k, v, g, *initial, states, decay = refs
+
+    heads: int
+    reverse: bool = False
+    group: int = 1
+    scale: float = 1.0
+    totals: bool = False
+    has_initial: bool = False
+    has_last: bool = False
+    has_decay: bool = True
+
+
+def states_kernel(*refs, config, chunks, blocks, value_parts, walks):
+    """The body; refs are k, v, g, [initial state] of every walk, then states, [decay], [last] of each, the scratch.
+
+    states is [b, h, n, k, v] and decay [b, h, n, k]; with totals, [b, h, k, v] and [b, h, k] in float32. last is the
+    last state [b, h, k, v] in float32. The grid's last axis has `blocks` of each walk, and its second the most heads.
+    """
+    *refs, s = refs
+    refs, inputs = iter(refs), []
+    for walk in walks:
+        inputs.append([next(refs) if given else None for given in (True, True, True, walk.has_initial)])
+    part, head = lax.axis_index("part"), lax.axis_index("head")
+    for i, walk in enumerate(walks):
+        outputs = [next(refs) if wanted else None for wanted in (True, walk.has_decay, walk.has_last)]
+        run = functools.partial(
+            _walk, s, config, chunks, value_parts, walk, lax.rem(part, jnp.int32(blocks)), *inputs[i], *outputs
+        )
+        if len(walks) == 1:
+            run()
+        else:
+            pl.when((lax.div(part, jnp.int32(blocks)) == i) & (head < walk.heads))(run)
+
+
+def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, decay, last):
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    _, value_part, channels, columns = parts(config, value_parts)
+    key_part, value_part = lax.div(part, jnp.int32(value_parts)), lax.rem(part, jnp.int32(value_parts))
+    channels = lambda i: pl.ds((key_part * config.key_blocks + i) * CHUNK, CHUNK)
+    columns = lambda i: pl.ds((value_part * VALUE_BLOCKS + i) * CHUNK, CHUNK)
 
     @pl.when(warpgroup < config.key_blocks)
     def _compute():
         mine = channels(warpgroup)
-        start = initial[0].at[batch, head, mine] if has_initial else None
+        of_chunk = lambda x, n: x.at[batch, head] if walk.totals else x.at[batch, head, n]
+        of_head = lambda x: None if x is None else [x.at[batch, head, mine, columns(i)] for i in range(VALUE_BLOCKS)]
         _carry_states(
             s,
             warpgroup,
             config,
             chunks,
-            initial=None if start is None else [start.at[:, columns(i)] for i in range(VALUE_BLOCKS)],
-            states=lambda n, i: (states.at[batch, head] if totals else states.at[batch, head, n]).at[mine, columns(i)],
-            decay=lambda n: (decay.at[batch, head] if totals else decay.at[batch, head, n]).at[mine],
-            last=None if last is None else [last.at[batch, head, mine, columns(i)] for i in range(VALUE_BLOCKS)],
-            writes_decay=value_part == 0,
-            totals=totals,
-            reverse=reverse,
-            scale=scale,
+            walk,
+            initial=of_head(initial),
+            states=lambda n, i: of_chunk(states, n).at[mine, columns(i)],
+            decay=None if decay is None else lambda n: of_chunk(decay, n).at[mine],
+            last=of_head(last),
+            first_of_values=value_part == 0,
         )
 
     @pl.when(warpgroup == config.key_blocks)
@@ -143,14 +162,11 @@ def states_kernel(
             def _wait():
                 plgpu.barrier_wait(s["free"].at[slot])
 
-            tokens = pl.ds((chunks - 1 - n if reverse else n) * CHUNK, CHUNK)
+            tokens = pl.ds((chunks - 1 - n if walk.reverse else n) * CHUNK, CHUNK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
             for i in range(config.key_blocks):
-                copy(
-                    g.at[batch, tokens, lax.div(head, jnp.int32(group)), channels(i)],
-                    s["g"].at[slot, i],
-                    s["loaded"].at[slot],
-                )
+                gates = g.at[batch, tokens, lax.div(head, jnp.int32(walk.group)), channels(i)]
+                copy(gates, s["g"].at[slot, i], s["loaded"].at[slot])
                 copy(k.at[batch, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
             for i in range(VALUE_BLOCKS):
                 copy(v.at[batch, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
@@ -160,11 +176,11 @@ def states_kernel(
             plgpu.barrier_wait(s["free"].at[n % config.state_stages])
 
 
-def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, last, writes_decay, totals, reverse, scale):
+def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay, last, first_of_values):
     centre, after, row = s["centre"].at[warpgroup], s["after"].at[warpgroup], s["row"].at[warpgroup]
     copies, decays = s["state"].at[warpgroup], s["decay"].at[warpgroup]
     rows, columns = numbers()
-    after[...] = jnp.where(columns <= rows if reverse else columns > rows, 1.0, 0.0).astype(after.dtype)
+    after[...] = jnp.where(columns <= rows if walk.reverse else columns > rows, 1.0, 0.0).astype(after.dtype)
     write_triangle(centre)
 
     def start(i):
@@ -190,9 +206,9 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, last,
         g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
         plgpu.commit_smem()
         sums, total = products(g)
-        k[...] = (load(k) * (jnp.exp(sums) if scale == 1.0 else jnp.exp(sums) * scale)).astype(k.dtype)
+        k[...] = (load(k) * (jnp.exp(sums) if walk.scale == 1.0 else jnp.exp(sums) * walk.scale)).astype(k.dtype)
         keep = along_rows(jnp.exp(total))
-        if totals:
+        if walk.totals:
             plgpu.commit_smem()
             return update(slot, k, carry, keep), sum_of_totals + total
         row[...] = total
@@ -206,13 +222,15 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, last,
             copies[i] = (carry[i] * read).astype(copies.dtype)
         decays[...] = total + mild * (1.0 - 2.0 * total)
         plgpu.commit_smem()
-        place = chunks - 1 - n if reverse else n
+        place = chunks - 1 - n if walk.reverse else n
         for i in range(VALUE_BLOCKS):
             plgpu.copy_smem_to_gmem(copies.at[i], states(place, i), commit_group=False)
 
-        @pl.when(writes_decay)
-        def _write():
-            plgpu.copy_smem_to_gmem(decays, decay(place), commit_group=False)
+        if decay is not None:
+
+            @pl.when(first_of_values)
+            def _write():
+                plgpu.copy_smem_to_gmem(decays, decay(place), commit_group=False)
 
         plgpu.commit_smem_to_gmem_group()
         return update(slot, k, carry, keep), sum_of_totals
@@ -227,13 +245,13 @@ def _carry_states(s, warpgroup, config, chunks, *, initial, states, decay, last,
     final, sum_of_totals = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, init)
     for i in range(VALUE_BLOCKS if last is not None else 0):
         last[i][...] = final[i]
-    if totals:
+    if walk.totals:
         for i in range(VALUE_BLOCKS):
             states(0, i)[...] = final[i]
         decays[...] = sum_of_totals
         plgpu.commit_smem()
 
-        @pl.when(writes_decay)
+        @pl.when(first_of_values)
         def _write_total():
             plgpu.copy_smem_to_gmem(decays, decay(0))
 

@@ -8,13 +8,15 @@ import pytest
 
 from gla_jax import gated_linear_attention, pallas
 from gla_jax.pallas.backward import backward
-from gla_jax.pallas.backward_config import BackwardConfig, choose_backward, choose_time_parts, in_chunks
+from gla_jax.pallas.backward_config import BackwardConfig, ChunksConfig, choose_backward, choose_time_parts
 
 from . import small
 from .small import GATES, arguments, lower_for_h100, recurrence_gradients, relative
 
-# b, t, h, hk, k, v: both tunings, tails of a chunk, padded k and v, grouped heads, parts of k and v.
-SHAPES = [(1, 70, 2, 1, 128, 128), (1, 130, 1, 1, 64, 64), (2, 20, 1, 1, 40, 24), (1, 70, 1, 1, 136, 136)]
+# b, t, h, hk, k, v: both tunings, tails of a chunk, padded k and v, grouped heads.
+SHAPES = [(1, 70, 2, 1, 128, 128), (1, 130, 1, 1, 64, 64), (2, 20, 1, 1, 40, 24)]
+# The same of wider k and v, whose chunks go in parallel.
+IN_CHUNKS = [(1, 70, 1, 1, 128, 192), (1, 130, 2, 1, 136, 136), (1, 200, 1, 1, 40, 200)]
 LARGE = [
     (8, 2048, 16, 128, 128),
     (2, 8192, 16, 64, 128),
@@ -29,7 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 interpreted = functools.partial(small.interpreted, backward)
 on_the_gpu = jax.jit(backward, static_argnums=4)
-in_parallel_on_the_gpu = jax.jit(backward, static_argnums=4, static_argnames="config")
 
 
 def cotangents(v, heads, state, dtype, scale=1.0):
@@ -125,55 +126,35 @@ def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch)
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("parts", [2, 3])
-@pytest.mark.parametrize(("kind", "shape"), [("mild", SHAPES[1]), ("mixed", (2, 200, 2, 1, 128, 128))], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("mild", SHAPES[1]), ("mixed", (2, 200, 2, 1, 128, 128)), ("mixed", (2, 260, 2, 1, 128, 192))],
+    ids=str,
+)
 def test_a_sequence_in_parts(kind, shape, parts):
-    config = dataclasses.replace(choose_backward(shape[4], jnp.dtype("bfloat16")), time_parts=parts)
+    config = dataclasses.replace(choose_backward(*shape[4:], jnp.dtype("bfloat16")), time_parts=parts)
     check(lambda *args: interpreted(*args, config=config), kind, *shape)
 
 
-# b, t, h, hk, k, v: every width of the kernel, tails of a chunk, padded k and v, grouped heads.
-IN_CHUNKS = [(1, 70, 1, 1, 128, 192), (1, 130, 2, 1, 136, 136), (1, 200, 1, 1, 40, 200)]
-
-
-def chunks_config(key_size, dtype="bfloat16", **options):
-    return dataclasses.replace(in_chunks(choose_backward(key_size, jnp.dtype(dtype)), key_size), **options)
-
-
 @pytest.mark.parametrize("kind", ["mild", "mixed"])
-def test_all_chunks_in_parallel(kind):
-    check(functools.partial(interpreted, config=chunks_config(128)), kind, *IN_CHUNKS[0])
+def test_chunks_in_parallel(kind):
+    check(interpreted, kind, *IN_CHUNKS[0])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", IN_CHUNKS, ids=str)
 @pytest.mark.parametrize("kind", GATES)
-def test_all_chunks_in_parallel_for_every_gate(kind, shape, dtype):
-    check(functools.partial(interpreted, config=chunks_config(shape[4], dtype)), kind, *shape, dtype=dtype)
+def test_chunks_in_parallel_for_every_gate(kind, shape, dtype):
+    check(interpreted, kind, *shape, dtype=dtype)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("parts", [2, 3])
-@pytest.mark.parametrize("kind", ["mild", "mixed"])
-def test_all_chunks_in_parallel_after_walks_in_parts(kind, parts):
-    config = chunks_config(128, time_parts=parts)
-    check(functools.partial(interpreted, config=config), kind, 2, 260, 2, 1, 128, 192)
-
-
-def test_all_chunks_in_parallel_lower():
-    b, t, h, k, v = 8, 2048, 4, 128, 256
-    keys, values = (jax.ShapeDtypeStruct((b, t, h, n), "bfloat16") for n in (k, v))
-    call = functools.partial(backward, scale=1.0, initial_state=None, config=chunks_config(k))
-    assert lower_for_h100(lambda q, v: call(q, q, v, q, do=v), keys, values).as_text().count("@mosaic_gpu") == 3
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", IN_CHUNKS, ids=str)
-@pytest.mark.parametrize("kind", GATES)
-def test_all_chunks_in_parallel_on_the_gpu(kind, shape, dtype):
-    run = functools.partial(in_parallel_on_the_gpu, config=chunks_config(shape[4], dtype))
-    check(run, kind, *shape, dtype=dtype)
+@pytest.mark.parametrize(("b", "t", "kernels"), [(8, 2048, 2), pytest.param(1, 16384, 3, marks=pytest.mark.exhaustive)])
+def test_chunks_in_parallel_lower(b, t, kernels):
+    """In one kernel after another that walks both ways; of few long sequences it walks parts first."""
+    keys, values = (jax.ShapeDtypeStruct((b, t, 4, n), "bfloat16") for n in (256, 512))
+    f = lambda q, v: backward(q, q, v, q, 1.0, None, v)
+    assert lower_for_h100(f, keys, values).as_text().count("@mosaic_gpu") == kernels
 
 
 def test_few_blocks_cut_the_sequence():
@@ -203,6 +184,11 @@ def test_config_is_checked():
         BackwardConfig(3, 3, 2, 1, compute_registers=128, load_registers=24)
     with pytest.raises(ValueError, match="token_stages"):
         BackwardConfig(2, 3, 1, 2, compute_registers=128, load_registers=24)
+    with pytest.raises(ValueError, match="lends"):
+        ChunksConfig(4, token_stages=2, ring=3, value_stages=2, lends=True)
+    q, v = jnp.ones((1, 64, 1, 64), "bfloat16"), jnp.ones((1, 64, 1, 192), "bfloat16")
+    with pytest.raises(ValueError, match="up to 128, not 64 and 192"):
+        backward(q, q, v, q, 1.0, None, v, config=choose_backward(64, 64, q.dtype))
 
 
 @pytest.mark.parametrize("gate_dtype", ["float16", "float32"])
@@ -223,16 +209,17 @@ def test_the_initial_states_gradient_outlives_float16(scalar, gate_dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1100, 4, 2, 64, 128), (1, 130, 60, 60, 128, 256)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], *IN_CHUNKS, (2, 1100, 4, 2, 64, 128)], ids=str)
 @pytest.mark.parametrize("kind", GATES)
 def test_on_the_gpu(kind, shape, dtype):
     check(on_the_gpu, kind, *shape, dtype=dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("value_size", [128, 256])
 @pytest.mark.parametrize("kind", GATES)
-def test_same_bits_from_run_to_run(kind):
-    q, k, v, g, state = arguments(kind, 2, 1000, 60, 128, 128)
+def test_same_bits_from_run_to_run(kind, value_size):
+    q, k, v, g, state = arguments(kind, 2, 1000, 60, 128, value_size)
     do, dfinal = cotangents(v, 60, state, "bfloat16")
     first = on_the_gpu(q, k, v, g, 1.0, state, do, dfinal)
     for _ in range(100):
