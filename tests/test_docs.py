@@ -165,8 +165,9 @@ def test_claims_of_extrapolation_are_compared():
     flat, rising = {"measured": [[2.0, 1.9, 2.0]]}, {"measured": [[2.0, 1.9, 2.2]]}
     seen = extrapolation.claims({"GLA": flat, "GLA, truncated": rising, "RetNet": rising, "Transformer++": rising})
     assert list(seen.values()) == [True, False, True, False]
-    assert list(extrapolation.claims({"Mamba": flat}).values()) == [True]
-    assert list(extrapolation.claims({"Mamba": {"measured": [[2.0, 1.9, 1.9]]}}).values()) == [False]
+    assert list(extrapolation.claims({"Mamba": rising}).values()) == [True]
+    # The text of a later bucket may be easier for all.
+    assert list(extrapolation.claims({"Mamba": {"measured": [[2.0, 1.9, 1.95]]}}).values()) == [False]
 
 
 def test_claims_of_lengths_are_compared():
