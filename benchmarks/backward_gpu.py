@@ -10,17 +10,11 @@ compiles beside the others and takes the GPU for itself when it measures.
 """
 
 import argparse
-import contextlib
 import datetime
-import fcntl
-import functools
 import importlib.metadata
 import json
 import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from benchmarks.op_gpu import H100, inputs
+from benchmarks.processes import alone, each
 from gla_jax.pallas import backward, forward
 from gla_jax.pallas.backward import Gradients
 from gla_jax.reference import recurrence
@@ -44,7 +39,6 @@ BARS = {
 CHECKED = [(2, 300, 2, 128, 128), (2, 300, 2, 64, 128), (2, 300, 2, 128, 256), (1, 1100, 1, 256, 512)]
 KINDS = ("mild", "logsigmoid", "resets", "packed", "tenth", "all strong")
 LIMIT_S = 90
-LOCK = pathlib.Path(tempfile.gettempdir()) / "gla_jax-backward_gpu.lock"
 
 
 def cotangents(shape):
@@ -52,14 +46,6 @@ def cotangents(shape):
     first, second, third = jax.random.split(jax.random.key(1), 3)
     do = jax.random.normal(first, (b, t, h, v), jnp.bfloat16)
     return do, *(jax.random.normal(key, (b, h, k, v)) for key in (second, third))
-
-
-@contextlib.contextmanager
-def alone():
-    """The GPU to itself, among the processes of this script."""
-    with LOCK.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def compiled(f, *args, lower):
@@ -159,21 +145,13 @@ def main():
         name = {"group": options.groups[0], "shape": shape, "gates": kind}
         print(json.dumps(name | measure(shape, kind, options.lower)), flush=True)
         return
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    command = [sys.executable, "-m", "benchmarks.backward_gpu", *["--lower"] * options.lower]
-    limit = ["timeout", str(LIMIT_S)]
-    start = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    waiting = [(group, i) for group in options.groups or GROUPS for i in range(len(GROUPS[group][1]))]
-    results, running = [], []
-    while waiting or running:
-        while waiting and len(running) < min(8, os.cpu_count() or 1):
-            group, i = waiting.pop(0)
-            running.append((group, i, start([*limit, *command, group, "--line", str(i)])))
-        group, i, process = running.pop(0)
-        out, error = process.communicate()
-        failed = {"group": group, "line": i, "FAILED": error[-400:]}
-        results.append(json.loads(out.splitlines()[-1]) if process.returncode == 0 else failed)
-        print(json.dumps(results[-1]), flush=True)
+    lines = [(group, i) for group in options.groups or GROUPS for i in range(len(GROUPS[group][1]))]
+    commands = [[group, "--line", str(i), *["--lower"] * options.lower] for group, i in lines]
+    results = {}
+    for place, result in each("benchmarks.backward_gpu", commands, min(8, os.cpu_count() or 1), LIMIT_S):
+        group, i = lines[place]
+        results[place] = {"group": group, "line": i} | result if "FAILED" in result else result
+        print(json.dumps(results[place]), flush=True)
     if options.out:
         report = {
             "what": "backward_gpu",
@@ -181,7 +159,7 @@ def main():
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": "lowered only" if options.lower else jax.devices()[0].device_kind,
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-            "results": results,
+            "results": [results[place] for place in sorted(results)],
         }
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -86,17 +86,21 @@ class Experiment(NamedTuple):
 
 
 def fit_all(experiments: dict[str, Experiment]) -> Iterator[tuple[str, Fitted]]:
-    """Each experiment's result as it comes; all are compiled at the same time, and run one after another."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        lowered = {name: lower(experiment) for name, experiment in experiments.items()}
-        options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
-        compiled = {name: pool.submit(program.compile, options) for name, (program, _) in lowered.items()}
+    """Each experiment's result as it comes: they run one after another, while those behind are being compiled."""
+    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+
+    def ready(experiment: Experiment) -> tuple[Any, int]:
+        program, parameters = lower(experiment)
+        return program.compile(options), parameters
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        compiled = {name: pool.submit(ready, experiment) for name, experiment in experiments.items()}
         for name, experiment in experiments.items():
-            program = compiled[name].result()
+            program, parameters = compiled.pop(name).result()
             began = time.perf_counter()
             losses, measured = jax.device_get(program(*grid(experiment)))
             seconds = time.perf_counter() - began
-            yield name, best(experiment, losses, measured, lowered[name][1], seconds)
+            yield name, best(experiment, losses, measured, parameters, seconds)
 
 
 def grid(experiment: Experiment) -> tuple[Any, Any]:

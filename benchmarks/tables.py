@@ -170,10 +170,14 @@ def training_lengths_table() -> str:
     lines = []
     for name, record in records("training against length"):
         lines += [f"`{record['command']}`, {record['device']}, {record['date'][:10]}:", ""]
-        lines += ["| model | tokens | batch | blocks | parameters | tokens/s | memory |", "|---" * 7 + "|"]
+        lines += ["| model | tokens | batch | blocks | parameters | tokens/s | of Transformer++'s | memory |"]
+        lines += ["|---" * 8 + "|"]
+        peer = {x["length"]: x["tokens_per_s"] for x in record["results"] if x["model"] == "Transformer++"}
         for row in record["results"]:
+            speed = row["tokens_per_s"]
+            of_peer = f"{speed / peer[row['length']]:.2f}" if row["length"] in peer else "-"
             size = f"{row['length']} | {row['batch']} | {row['layers']} | {row['parameters']:,}"
-            lines.append(f"| {row['model']} | {size} | {row['tokens_per_s']:,} | {row['memory_gb']:.1f} GB |")
+            lines.append(f"| {row['model']} | {size} | {speed:,} | {of_peer} | {row['memory_gb']:.1f} GB |")
         lines += ending(name, record | {"quantity": "tokens a second"})
     return "\n".join(lines) or "Not run yet.\n"
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -21,7 +22,7 @@ import numpy as np
 from jax.profiler import ProfileData
 
 from gla_jax.attention import Implementation
-from gla_jax.nn import CausalLMConfig, GLAConfig
+from gla_jax.nn import CausalLMConfig, GLAConfig, SoftmaxAttentionConfig
 from gla_jax.nn.config import ModelConfig
 from gla_jax.train.config import InputError, MeshConfig, TrainConfig
 from gla_jax.train.data import Batch
@@ -35,8 +36,10 @@ PRESETS = {
     "tiny": GLAConfig.tiny,
     "340m": GLAConfig.gla_340m,
     "1.3b": GLAConfig.gla_1_3b,
+    "transformer-tiny": functools.partial(CausalLMConfig.tiny, "attention"),
     "transformer-340m": CausalLMConfig.transformer_340m,
     "transformer-1.3b": CausalLMConfig.transformer_1_3b,
+    "mamba-tiny": functools.partial(CausalLMConfig.tiny, "mamba"),
     "mamba-340m": CausalLMConfig.mamba_340m,
 }
 # Steps that are profiled, and that come before anything is timed.
@@ -47,7 +50,16 @@ PROFILED, WARM = 3, 2
 class BenchTrainConfig:
     """Time the training step of a preset on random tokens, with AdamW, on one device."""
 
-    preset: Literal["tiny", "340m", "1.3b", "transformer-340m", "transformer-1.3b", "mamba-340m"] = "340m"
+    preset: Literal[
+        "tiny",
+        "340m",
+        "1.3b",
+        "transformer-tiny",
+        "transformer-340m",
+        "transformer-1.3b",
+        "mamba-tiny",
+        "mamba-340m",
+    ] = "340m"
     """The model: GLA, the Transformer++ of the same size, on GPUs through cuDNN's attention, or Mamba."""
     batch: int = 8
     """Sequences a step."""
@@ -89,7 +101,8 @@ class BenchTrainConfig:
         unroll = self.layer_unroll or layers
         options: dict[str, Any] = {"implementation": self.implementation, "remat": self.remat, "layer_unroll": unroll}
         if isinstance(preset, CausalLMConfig) and jax.default_backend() == "gpu" and self.dtype == "bfloat16":
-            options["mixer"] = tuple(cast(Any, mixer).replace(kernel="cudnn") for mixer in preset.mixers)
+            cudnn = lambda x: x.replace(kernel="cudnn") if isinstance(x, SoftmaxAttentionConfig) else x
+            options["mixer"] = tuple(cudnn(mixer) for mixer in preset.mixers)
         return preset.replace(dtype=self.dtype, num_layers=layers, **options)
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from gla_jax import cli
@@ -16,6 +17,16 @@ def test_presets_compute_in_bfloat16_with_all_layers_written_out(preset):
     assert (model.dtype, model.param_dtype) == ("bfloat16", "float32")
     assert model.layer_unroll == model.num_layers
     assert BenchTrainConfig(preset=preset, layer_unroll=2, remat="dots").model().remat == "dots"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_softmax_attention_is_cudnns_on_gpus(preset, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    kernels = [getattr(mixer, "kernel", None) for mixer in BenchTrainConfig(preset=preset).model().mixers]
+    assert kernels == ["cudnn" if preset.startswith("transformer") else None]
+    assert {getattr(x, "kernel", None) for x in BenchTrainConfig(preset=preset, dtype="float32").model().mixers} == {
+        None
+    }
 
 
 def test_a_record_says_what_was_timed_where_and_with_what(tmp_path, capsys):
