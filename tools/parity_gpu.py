@@ -53,25 +53,26 @@ XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 def families(small: bool) -> dict[str, tuple[str, str, dict[str, Any]]]:
     """Package, model and options by name."""
-    sizes = {"vocab_size": 1024, "hidden_size": 512, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2}
     if small:
         sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2}
-    width = {"intermediate_size": 96 if small else 1536}
-    fla = {**sizes, **width, "num_heads": 2 if small else 4}
-    mamba2 = {"state_size": 16, "head_dim": 16, "num_heads": 8} if small else {"num_heads": 16}
-    llama = {**sizes, **width, "num_attention_heads": 8, "num_key_value_heads": 2}
+    width = {"intermediate_size": 96 if small else 768}
+    # Heads of up to 128: Triton takes 40 s for some wider ones in full float32.
+    two, four = ({**sizes, **width, "num_heads": 2 if small else heads} for heads in (2, 4))
+    mamba2 = {"state_size": 16, "head_dim": 16, "num_heads": 8} if small else {"num_heads": 8}
+    llama = {**sizes, **width, "num_attention_heads": 4, "num_key_value_heads": 2}
+    large = {**two, "num_hidden_layers": 4, "hidden_size": 128 if small else 512, "num_heads": 4}
     return {
-        "gla": ("fla", "GLA", fla),
-        "gla with convolutions": ("fla", "GLA", {**fla, "use_short_conv": True, "num_kv_heads": 1}),
-        "retnet": ("fla", "RetNet", fla),
-        "hgrn2": ("fla", "HGRN2", {**fla, "num_heads": None, "expand_ratio": 32 if small else 128}),
-        # Heads of 128 take Triton 20 to 40 s to compile in full float32.
-        "linear_attn": ("fla", "LinearAttention", {**fla, "num_heads": 2 if small else 8}),
-        "rwkv6": ("fla", "RWKV6", fla),
+        "gla": ("fla", "GLA", two),
+        "gla with convolutions": ("fla", "GLA", {**two, "use_short_conv": True, "num_kv_heads": 1}),
+        "retnet": ("fla", "RetNet", four),
+        "hgrn2": ("fla", "HGRN2", {**two, "num_heads": None, "expand_ratio": 32 if small else 128}),
+        "linear_attn": ("fla", "LinearAttention", four),
+        "rwkv6": ("fla", "RWKV6", two),
         "mamba2": ("fla", "Mamba2", {**sizes, **mamba2, "chunk_size": 64}),
-        "transformer": ("fla", "Transformer", {**fla, "num_kv_heads": 2}),
+        "transformer": ("fla", "Transformer", {**four, "num_kv_heads": 2}),
         "llama": ("transformers", "Llama", llama),
-        "gla of twice the depth": ("fla", "GLA", {**fla, "num_hidden_layers": 4}),
+        "gla, twice as wide and deep": ("fla", "GLA", {**large, "intermediate_size": 192 if small else 1536}),
     }
 
 
