@@ -75,7 +75,7 @@ def gated_linear_attention(
     segment_ids, cu_seqlens = checks.as_jax(segment_ids, cu_seqlens)
     options = checks.Options(bonus, scale, initial_state, output_final_state, segment_ids, cu_seqlens, reverse)
     checks.check_call(q, k, v, g, options)
-    name = _pick(implementation, q, k, v, g, options)
+    name = choose(implementation, q, k, v, g, options)
     return shard_by_arguments(_run, name, options.with_scale(q.shape[-1]), q, k, v, g)
 
 
@@ -120,7 +120,8 @@ def which_implementation(
     return Choice(next(name for name in reasons if name not in refused), refused)
 
 
-def _pick(wanted, q, k, v, g, options) -> str:
+def choose(wanted, q, k, v, g, options: checks.Options) -> str:
+    """The name of the implementation that a call takes; a ValueError if none of those wanted supports it."""
     if wanted is None:
         wanted = tuple(_IMPLEMENTATIONS)
     names = (wanted,) if isinstance(wanted, str) or not isinstance(wanted, Sequence) else tuple(wanted)

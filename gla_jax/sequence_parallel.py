@@ -9,6 +9,9 @@ Each device has a piece of every sequence. All that a piece needs of the pieces 
 with prefix and suffix the decays from the piece's start and to its end: sums of logarithms, so that nothing is divided
 and -inf is a number like any other. The op does not read what is exchanged, so the two can run at the same time. The
 backward is the mirror image: a state's cotangent is exchanged from the last piece to the first.
+
+The GPU kernels cut a long sequence into parts themselves, and for that compute what each adds to the state before they
+compute outputs, and in the backward likewise. There the exchange goes in between, and `entering` is the initial state.
 """
 
 import functools
@@ -18,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from gla_jax import checks, segments
+from gla_jax import checks, pallas, segments
 from gla_jax.array_types import Array, Gate, Ids, Key, Query, State, Value
-from gla_jax.attention import Implementation, gated_linear_attention
+from gla_jax.attention import Implementation, choose, gated_linear_attention
 from gla_jax.chunked import arithmetic, rounded_einsum
 from gla_jax.mesh import shard_by_arguments, vary_alike
 
@@ -154,25 +157,83 @@ def _piece(how: Pieces, implementation, options, q, k, v, g):
         q, k, v, g, ids = jax.tree.map(lambda x: jnp.flip(x, 1), (q, k, v, g, ids))
     if ids is not None:
         q, k, v, g = segments.reset_and_mask(q, k, v, g, ids, _id_before(how, ids))
-    # In float32, so that the three parts of the gate's gradient are rounded once.
-    wide = checks.state_dtype(q.dtype)
-    g = None if g is None else g.astype(wide)
-    q, k, v, g, state = vary_alike((q, k, v, g, state))
-
-    own, total = _own_state(k, v, g)
-    first = how.number() == 0
-    leaving = own if state is None else own + jnp.where(first, _decayed(total, state), 0)
-    entering = _exchange(how, total, leaving)
-    if state is not None:
-        entering = jnp.where(first, state, entering)
-    o, _ = gated_linear_attention(q, k, v, g, scale=scale, implementation=implementation)
-    o = (o.astype(wide) + _read(scale, q, g, entering)).astype(v.dtype)
+    first, last = how.number() == 0, how.number() == how.size - 1
+    given = None if state is None else jnp.where(first, state, 0)
+    name = choose(implementation, q, k, v, g, checks.Options(None, scale, None, False, None, None, False))
+    # A float16 cotangent is scaled by its own piece's largest, which the kernels do not hand on.
+    in_kernels = name == "mosaic_gpu" and q.dtype == jnp.bfloat16
+    o, leaving = (_in_kernels if in_kernels else _around_the_op)(how, name, scale, *vary_alike((q, k, v, g, given)))
     if reverse:
         o = jnp.flip(o, 1)
     if not output_final_state:
         return o, None
-    last = how.number() == how.size - 1
-    return o, jax.lax.psum(jnp.where(last, _decayed(total, entering) + own, 0), how.axis)
+    return o, jax.lax.psum(jnp.where(last, leaving, 0), how.axis)
+
+
+def _around_the_op(how, name, scale, q, k, v, g, given):
+    """o and the state that leaves the piece, with what the queries read of the state that enters added to the op's o.
+
+    given: what enters the piece from outside of all pieces, [b, hk, k, v], zeros but for the first; or None.
+    """
+    # In float32, so that the three parts of the gate's gradient are rounded once.
+    wide = checks.state_dtype(q.dtype)
+    g = None if g is None else g.astype(wide)
+    own, decay = _own_state(k, v, g)
+    entering = _entering(how, decay, own, given)
+    o, _ = gated_linear_attention(q, k, v, g, scale=scale, implementation=name)
+    return (o.astype(wide) + _read(scale, q, g, entering)).astype(v.dtype), _decayed(decay, entering) + own
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_kernels(how, name, scale, q, k, v, g, given):
+    """The same in GPU kernels."""
+    return _forward_in_kernels(how, scale, q, k, v, g, given)[:2]
+
+
+# Compiled once for all calls of the same shapes, as the op's own kernels.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward_in_kernels(how, scale, q, k, v, g, given):
+    found = []
+
+    def enter(decay, own):
+        # A kernel's results vary over no axis of a shard_map, whatever its arguments do.
+        decay, own, _ = vary_alike((decay, own, q))
+        entering = _entering(how, decay, own, given)
+        found.extend((decay * entering + own, entering))
+        return entering
+
+    o, _ = pallas.forward(q, k, v, g, scale, enter)
+    return vary_alike((o, *found, q))[:3]
+
+
+def _in_kernels_forward(how, name, scale, q, k, v, g, given):
+    o, leaving, entering = _forward_in_kernels(how, scale, q, k, v, g, given)
+    return (o, leaving), (q, k, v, g, entering, given is not None)
+
+
+def _in_kernels_backward(how, name, scale, kept, cotangents):
+    *arguments, has_given = kept
+    *gradients, dgiven = _backward_in_kernels(how, scale, *arguments, *cotangents)
+    return *gradients, dgiven if has_given else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward_in_kernels(how, scale, q, k, v, g, entering, do, dleaving):
+    def enter(decay, own):
+        decay, own, _ = vary_alike((decay, own, q))
+        return _entering(how.reversed, decay, own, dleaving)
+
+    return vary_alike((pallas.backward(q, k, v, g, scale, entering, do, enter), q))[0]
+
+
+_in_kernels.defvjp(_in_kernels_forward, _in_kernels_backward)
+
+
+def _entering(how, decay, own, given):
+    """The state that enters each piece: what is given there, and what all pieces before make of theirs and add."""
+    if given is None:
+        return _exchange(how, decay, own)
+    return given + _exchange(how, decay, own + _decayed(decay, given))
 
 
 def _id_before(how: Pieces, ids: Array) -> Array:
@@ -188,14 +249,14 @@ def _id_before(how: Pieces, ids: Array) -> Array:
 
 @jax.checkpoint
 def _own_state(k, v, g):
-    """The state [b, hk, k, v] that a piece leaves if none enters, and the logarithm of its decay [b, hk, k or 1, 1]."""
+    """The state [b, hk, k, v] that a piece leaves if none enters, and its decay [b, hk, k or 1, 1]."""
     if g is None:
         return _einsum("bthk,bthv->bhkv", k, v, v.dtype), None
     later = jnp.pad(g[:, 1:], ((0, 0), (0, 1)) + ((0, 0),) * (g.ndim - 2))
     suffix = jnp.exp(jax.lax.cumsum(later, 1, reverse=True))
-    total = jnp.sum(g, 1)
+    decay = jnp.exp(jnp.sum(g, 1))
     keys = k.astype(g.dtype) * (suffix if g.ndim == 4 else suffix[..., None])
-    return _einsum("bthk,bthv->bhkv", keys, v, v.dtype), total.reshape(*total.shape[:2], -1, 1)
+    return _einsum("bthk,bthv->bhkv", keys, v, v.dtype), decay.reshape(*decay.shape[:2], -1, 1)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
@@ -216,60 +277,60 @@ def _einsum(spec, x, y, dtype):
     return rounded_einsum(arithmetic(dtype), spec, x, y)
 
 
-def _decayed(total: Array | None, state: Array) -> Array:
-    return state if total is None else jnp.exp(total) * state
+def _decayed(decay: Array | None, state: Array) -> Array:
+    return state if decay is None else decay * state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exchange(how: Pieces, total: Array | None, own: Array) -> Array:
-    """The state that enters each piece [b, hk, k, v], from every piece's own and its total decay."""
+def _exchange(how: Pieces, decay: Array | None, own: Array) -> Array:
+    """The state that enters each piece [b, hk, k, v], from every piece's own and its decay."""
     if how.exchange == "all_gather" or (how.exchange is None and how.size <= FEW):
-        return _by_all_gather(how, total, own)
-    return _by_all_to_all(how, total, own)
+        return _by_all_gather(how, decay, own)
+    return _by_all_to_all(how, decay, own)
 
 
-def _exchange_forward(how, total, own):
-    entering = _exchange(how, total, own)
-    return entering, (total, entering)
+def _exchange_forward(how, decay, own):
+    entering = _exchange(how, decay, own)
+    return entering, (decay, entering)
 
 
 def _exchange_backward(how, residuals, cotangent):
-    """With entering' = exp(total) entering + own for the next piece, own's cotangent is that of all of entering'."""
-    total, entering = residuals
-    down = _exchange(how.reversed, total, cotangent)
-    if total is None:
+    """With entering' = decay entering + own for the next piece, own's cotangent is that of all of entering'."""
+    decay, entering = residuals
+    down = _exchange(how.reversed, decay, cotangent)
+    if decay is None:
         return None, down
-    axes = tuple(i for i, n in enumerate(total.shape) if n == 1 and entering.shape[i] != 1)
-    return jnp.exp(total) * jnp.sum(entering * down, axes, keepdims=True), down
+    axes = tuple(i for i, n in enumerate(decay.shape) if n == 1 and entering.shape[i] != 1)
+    return jnp.sum(entering * down, axes, keepdims=True), down
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def _by_all_gather(how, total, own):
-    states, totals = (how.in_order(jax.lax.all_gather(x, how.axis)) if x is not None else None for x in (own, total))
+def _by_all_gather(how, decay, own):
+    states, decays = (how.in_order(jax.lax.all_gather(x, how.axis)) if x is not None else None for x in (own, decay))
     number = how.number()
 
     def step(state, x):
-        piece, own, total = x
-        return jnp.where(piece < number, _decayed(total, state) + own, state), None
+        piece, own, decay = x
+        return jnp.where(piece < number, _decayed(decay, state) + own, state), None
 
-    xs = jnp.arange(how.size), states, totals
+    xs = jnp.arange(how.size), states, decays
     return jax.lax.scan(step, jnp.zeros_like(own), xs, unroll=min(how.size, 8))[0]
 
 
-def _by_all_to_all(how, total, own):
+def _by_all_to_all(how, decay, own):
     """Each device goes through all pieces for its share of the value columns."""
     columns = own.shape[-1]
     share = -(-columns // how.size)
     own = jnp.pad(own, ((0, 0),) * 3 + ((0, share * how.size - columns),)).reshape(*own.shape[:3], how.size, share)
     pieces = how.in_order(jax.lax.all_to_all(own, how.axis, split_axis=3, concat_axis=0))
-    totals = None if total is None else how.in_order(jax.lax.all_gather(total, how.axis))
+    decays = None if decay is None else how.in_order(jax.lax.all_gather(decay, how.axis))
 
     def step(state, x):
-        own, total = x
-        return _decayed(total, state) + own, state
+        own, decay = x
+        return _decayed(decay, state) + own, state
 
-    _, entering = jax.lax.scan(step, jnp.zeros_like(pieces[0]), (pieces, totals), unroll=min(how.size, 8))
+    _, entering = jax.lax.scan(step, jnp.zeros_like(pieces[0]), (pieces, decays), unroll=min(how.size, 8))
     entering = jax.lax.all_to_all(how.in_order(entering), how.axis, split_axis=0, concat_axis=3)
     return entering.reshape(*entering.shape[:3], -1)[..., :columns]

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gla_jax import gated_linear_attention, sequence_parallel
+from gla_jax import gated_linear_attention, pallas, sequence_parallel
+from gla_jax.mesh import vary_alike
+from gla_jax.pallas.backward import Gradients
 
 from .cases import MILD, STRONG, WEAK, arguments, compare, expected, relative
 from .oracle import Result
@@ -211,6 +214,32 @@ def test_many_devices_take_all_to_all_by_default():
         f, _ = compiled(mesh_of(sequence=devices), arguments(0, 1, 16, 1, 4, 8, gate="none", states=0))
         kinds[devices] = {kind for kind, _ in sent(f)}
     assert kinds == {4: {"all-gather"}, 8: {"all-to-all"}}
+
+
+@pytest.mark.parametrize(("exchange", "states"), [("all_gather", {"states": 0}), ("all_to_all", {})])
+def test_the_exchange_inside_of_kernels(exchange, states, monkeypatch):
+    """With plain JAX in the place of kernels that make the state that enters of what their tokens do to a state."""
+
+    def plain(q, k, v, g, scale, state):
+        return gated_linear_attention(q, k, v, g, scale=scale, initial_state=state, output_final_state=True)
+
+    def forward(q, k, v, g, scale, enter):
+        zeros = jnp.zeros((q.shape[0], *k.shape[2:], v.shape[3]))
+        zeros, *_ = vary_alike((zeros, q))
+        decay = jnp.exp(jnp.sum(g.astype(jnp.float32), 1))[..., None]
+        return plain(q, k, v, g, scale, enter(decay, plain(q, k, v, g, scale, zeros)[1]))
+
+    def backward(q, k, v, g, scale, state, do, enter):
+        _, pull = jax.vjp(lambda *x: plain(*x[:4], scale, x[4]), q, k, v, g, state)
+        decay = jnp.exp(jnp.sum(g.astype(jnp.float32), 1))[..., None]
+        return Gradients(*pull((do, enter(decay, pull((do, jnp.zeros_like(state)))[4]))))
+
+    monkeypatch.setattr(sys.modules[sequence_parallel.__module__], "choose", lambda *_: "mosaic_gpu")
+    monkeypatch.setattr(pallas, "forward", forward)
+    monkeypatch.setattr(pallas, "backward", backward)
+    x = arguments(10, 2, 96, 4, 8, 12, hk=2, dtype="bfloat16", gate_dtype="bfloat16", **states)
+    ids = jnp.asarray(np.random.default_rng(10).integers(0, 2, (2, 8)).repeat(12, axis=1))
+    check(x, mesh_of(sequence=4), ids=ids, exchange=exchange, reverse=not states)
 
 
 def test_under_pmap():

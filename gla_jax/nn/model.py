@@ -261,7 +261,7 @@ class GLAForCausalLM(CausalLM):
 
 def _whole[M: nnx.Module](module: M) -> M:
     graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, gathered(state))
+    return nnx.merge(graphdef, gathered(state, sum_first=True))
 
 
 def _like(x: Array, *more: None) -> PartitionSpec:

@@ -38,6 +38,8 @@ __all__ = [
 
 # Rows from which on products with the same input are made one.
 MANY_ROWS = 4096
+# Mesh axes along which no layer's outs lie when they are used; fsdp's parts are `gathered` first.
+WHOLE_OUTS = ("data", "fsdp", "sequence")
 
 type Axes = tuple[str | None, ...]
 type Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -100,13 +102,16 @@ def _one_row(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def side_by_side(layers: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]:
-    """layer(x) of each of the layers, for x [..., in]; of many rows on one device as one product of [in, all outs].
+    """layer(x) of each of the layers, for x [..., in]; of many rows as one product of [in, all outs].
 
     That product reads x once, and so do those of the gradients, which also sum up in float32 what is x's. For few
-    rows, as in decoding, the time is that of reading weights, and these would be copied.
+    rows, as in decoding, the time is that of reading weights, and these would be copied. Nor is it one where a mesh
+    axis may cut the outs, any but `WHOLE_OUTS`: each device would have some of the layers.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if x.size < MANY_ROWS * x.shape[-1] or not (mesh.empty or mesh.size == 1):
+    sizes = zip(mesh.axis_names, mesh.axis_types, mesh.axis_sizes, strict=True)
+    cuts = any(size > 1 and not (kind == AxisType.Auto and name in WHOLE_OUTS) for name, kind, size in sizes)
+    if x.size < MANY_ROWS * x.shape[-1] or cuts:
         return [layer(x) for layer in layers]
     kernels = [layer.kernel[...] for layer in layers]
     dtype = layers[0].dtype or jax.numpy.result_type(x, *kernels)
@@ -205,7 +210,7 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def gathered(state: Any, rules: Rules = DEFAULT_RULES) -> Any:
+def gathered(state: Any, rules: Rules = DEFAULT_RULES, *, sum_first: bool = False) -> Any:
     """Parameters about to be used, whole along "fsdp" axes of the mesh in use; their gradients go back in parts.
 
     Without this the partitioner is free to gather activations in place of parameters.
@@ -213,6 +218,9 @@ def gathered(state: Any, rules: Rules = DEFAULT_RULES) -> Any:
     Args:
       state: the state of a module, or of one layer taken from a stack.
       rules: as in `param_shardings`.
+      sum_first: whether gradients are summed over the devices before they are cut. A product's are cut as they are
+        summed (a reduce-scatter, half of what is sent); a scatter's cotangents would be moved to where its parts are,
+        and a loop's sums cut at each turn.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("fsdp", 1) == 1 or AxisType.Explicit in mesh.axis_types:
@@ -226,23 +234,27 @@ def gathered(state: Any, rules: Rules = DEFAULT_RULES) -> Any:
         whole = [None if part == "fsdp" else part for part in present]
         if whole == present:
             return variable
-        return variable.replace(_gather(value, PartitionSpec(*whole), PartitionSpec(*present)))
+        return variable.replace(_gather(value, PartitionSpec(*whole), PartitionSpec(*present), sum_first))
 
     return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec, sum_first: bool) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, whole)
 
 
-def _gather_forward(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> tuple[jax.Array, None]:
-    return _gather(x, whole, parts), None
+def _gather_forward(
+    x: jax.Array, whole: PartitionSpec, parts: PartitionSpec, sum_first: bool
+) -> tuple[jax.Array, None]:
+    return _gather(x, whole, parts, sum_first), None
 
 
-def _gather_backward(whole: PartitionSpec, parts: PartitionSpec, _: None, ct: jax.Array) -> tuple[jax.Array]:
-    # Summed over the devices before it is cut: a scatter's cotangent would else be moved to where its parts are.
-    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(ct, whole), parts),)
+def _gather_backward(
+    whole: PartitionSpec, parts: PartitionSpec, sum_first: bool, _: None, ct: jax.Array
+) -> tuple[jax.Array]:
+    ct = jax.lax.with_sharding_constraint(ct, whole) if sum_first else ct
+    return (jax.lax.with_sharding_constraint(ct, parts),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

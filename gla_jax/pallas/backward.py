@@ -1,7 +1,8 @@
 """The backward on Hopper: what is kept and recomputed, and how arguments are brought to the kernels' shapes."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def backward(
     scale: float,
     initial_state: State | None,
     do: Float[Array, "b t h v"],
-    dfinal: State | None = None,
+    dfinal: State | Callable[[Array, Array], Array] | None = None,
     *,
     config: BackwardConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -60,7 +61,9 @@ def backward(
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
       do: cotangent of o, [b, t, h, v].
-      dfinal: cotangent of the final state, [b, hk, k, v] float32; zeros if None.
+      dfinal: cotangent of the final state, [b, hk, k, v] float32; zeros if None. Or, but for float16, a function that
+        makes it of what these tokens do to a state's cotangent on its way to the first of them, dS -> decay dS + own,
+        with decay [b, hk, k, 1] and own [b, hk, k, v] in float32.
       config: the tuning; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
     """
@@ -90,11 +93,7 @@ def backward(
     factor = _magnitude(do, dfinal) if dtype == jnp.float16 else None
     if factor is not None:
         do = do.astype(jnp.float32) / factor
-        dfinal = None if dfinal is None else dfinal / factor
-    if group > 1 and dfinal is not None:
-        # The query heads of a group share one state: its cotangent enters in the first.
-        dfinal = jnp.zeros((batch, heads, key_size, value_size), jnp.float32).at[:, ::group].set(dfinal)
-
+        dfinal = None if dfinal is None else cast(Array, dfinal) / factor
     gates = jnp.zeros(k.shape, dtype) if g is None else g
     if gates.ndim == 3:
         gates = jnp.broadcast_to(gates[..., None], k.shape)
@@ -119,10 +118,9 @@ def backward(
 
     def walk(*walks):
         """Each walk's outputs; walks are (Walk, k, v, g, initial state) of sequences of the same length."""
-        out_type, inputs = [], []
+        sequences, length = walks[0][1].shape[:2]
+        n, out_type, inputs = pl.cdiv(length, CHUNK), [], []
         for kind, k, v, g, initial in walks:
-            sequences, length, _ = g.shape[:3]
-            n = pl.cdiv(length, CHUNK)
             shape, of_states = ((), jnp.float32) if kind.totals else ((n,), dtype)
             out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, keys, values), of_states))
             if kind.has_decay:
@@ -139,18 +137,30 @@ def backward(
     whole = {"q": tokens(q, keys), "k": tokens(k, keys), "v": tokens(v, values), "g": tokens(gates, keys)}
     whole["do"] = tokens(do, values)
     q_, k_, v_, g_, do_ = (cut(x) for x in whole.values())
-    initial, final = (None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal))
+    share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
     forwards, backwards = Walk(kv_heads), Walk(heads, reverse=True, group=group)
     # Of two parts the first kernel takes both, one after the other: that is faster than a walk for what lies between.
     splits = 2 if parts == 2 and config.in_chunks is None else 1
+    forth: Any = None
+    back: Any = None
     if parts > splits:
-        added, decay, d_added, d_decay = walk(
-            (forwards._replace(totals=True), k_, v_, g_, None), (backwards._replace(totals=True), q_, do_, g_, None)
-        )
-        initial = _through_parts(initial, (added, decay), parts)
-        final = _through_parts(final, (d_added, d_decay), parts, scale)
-    elif parts > 1:
-        final = _through_parts(final, walk((backwards._replace(totals=True), q_, do_, g_, None)), parts, scale)
+        totals = (forwards, k_, v_, g_, None), (backwards, q_, do_, g_, None)
+        *forth, added, decay = walk(*((kind._replace(totals=True), *rest) for kind, *rest in totals))
+        back = added, decay
+    elif parts > 1 or callable(dfinal):
+        back = walk((backwards._replace(totals=True), q_, do_, g_, None))
+    if callable(dfinal):
+        _, added = _through_parts(None, back, parts, scale)
+        decay = jnp.exp(jnp.sum(back[1].reshape(batch, parts, heads, keys), axis=1))
+        dfinal = dfinal(decay[:, ::group, :key_size, None], share(added, 1)[:, :, :key_size, :value_size])
+    if group > 1 and dfinal is not None:
+        # The query heads of a group share one state: its cotangent enters in the first.
+        dfinal = jnp.zeros((batch, heads, key_size, value_size), jnp.float32).at[:, ::group].set(dfinal)
+    initial, final = (None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal))
+    if parts > 1:
+        final, _ = _through_parts(final, back, parts, scale)
+    if parts > splits:
+        initial, _ = _through_parts(initial, forth, parts)
     if config.in_chunks is not None:
         last = backwards._replace(scale=scale, has_decay=False, has_last=True)
         states, decay, d, dinitial = walk((forwards, k_, v_, g_, initial), (last, q_, do_, g_, final))
@@ -193,7 +203,6 @@ def backward(
         dq, dk, dv, dg = (x.reshape(batch, rows, *x.shape[2:]) for x in of_tokens)
 
     dinitial = dinitial[::parts]
-    share = lambda x, axis: x if group == 1 else _sum_groups(x, axis, group)
     undo = lambda x, to: (x if factor is None else x.astype(jnp.float32) * factor).astype(to)
     dg = share(dg, 2)[:, :time, :, :key_size]
     if g is not None and g.ndim == 3:
@@ -214,16 +223,16 @@ def backward(
 
 
 def _through_parts(end, walked, parts, scale=None):
-    """The states that enter each part of a sequence or, with scale, the cotangents of those that leave it.
+    """The states that enter each part of a sequence and the one after the last part; with scale, their cotangents.
 
     Args:
       end: [b, h, k, v] at the sequence's end where the walk starts; zeros if None.
       walked: [b * parts, h, k, v], what each part adds, but for scale, and [b * parts, h, k], the sum of its gates.
       parts: how many a sequence has.
-      scale: factor of what is added, for a walk backwards.
+      scale: factor of what is added, for a walk backwards: from the last part's end to before the first.
 
     Returns:
-      [b * parts, h, k, v].
+      [b * parts, h, k, v] and [b, h, k, v].
     """
     added, decay = (x.reshape(-1, parts, *x.shape[1:]) for x in walked)
     state, found = jnp.zeros_like(added[:, 0]) if end is None else end, []
@@ -231,7 +240,7 @@ def _through_parts(end, walked, parts, scale=None):
         found.append(state)
         state = jnp.exp(decay[:, i, ..., None]) * state + (1.0 if scale is None else scale) * added[:, i]
     found = jnp.stack(found if scale is None else found[::-1], 1)
-    return found.reshape(-1, *found.shape[2:])
+    return found.reshape(-1, *found.shape[2:]), state
 
 
 def _magnitude(do, dfinal):

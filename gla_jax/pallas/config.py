@@ -130,17 +130,26 @@ _BLOCKS, _FULL, _FEW = 132, 120, 33
 
 
 def choose_forward(
-    key_size: int, value_size: int, heads: int, chunks: int, dtype: jnp.dtype, wide_gate: bool = False
+    key_size: int,
+    value_size: int,
+    heads: int,
+    chunks: int,
+    dtype: jnp.dtype,
+    *,
+    wide_gate: bool = False,
+    two_passes: bool = False,
 ) -> ForwardConfig | tuple[ForwardConfig, ScanConfig]:
     """The tuning for [key_size, value_size] states of `heads` sequences (batch x query heads): of one pass, or of two.
 
     chunks: of 64 tokens, of one sequence.
     wide_gate: whether the gates are float32, and a tile of them takes two.
+    two_passes: whether one pass will not do.
     """
     blocks = 1 if key_size <= WIDTH else 2 if key_size <= 2 * WIDTH else 4
     pairs = heads * -(-value_size // (2 * WIDTH))
     many = value_size > WIDTH and pairs >= _FULL
     one_pass = heads * -(-value_size // WIDTH) >= _FEW if blocks == 1 else blocks == 2 and many
+    one_pass = one_pass and not two_passes
     gate = (_NARROW if blocks == 1 else _WIDE) if one_pass else _GATE[blocks]
     if wide_gate:
         # Twice the memory a tile: half as many, but all tiles of a chunk when gaters share it.

@@ -1,6 +1,8 @@
 """The forward on Hopper: which calls it supports, and how arguments are brought to the kernel's shapes."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def forward(
     v: Value,
     g: Gate | None,
     scale: float,
-    initial_state: State | None = None,
+    initial_state: State | Callable[[Array, Array], Array] | None = None,
     output_final_state: bool = False,
     *,
     config: ForwardConfig | tuple[ForwardConfig, ScanConfig] | None = None,
@@ -71,9 +73,10 @@ def forward(
       g: log decay, [b, t, hk] or [b, t, hk, k], at most 0, of q's dtype or float32; -inf is a hard reset. None for no
         decay. A float32 gate a channel is given to the kernel as a sum of two of q's dtype.
       scale: factor of o.
-      initial_state: [b, hk, k, v] float32 before the first token; zeros if None.
+      initial_state: [b, hk, k, v] float32 before the first token; zeros if None. Or a function that makes it of what
+        these tokens do to a state, S -> decay S + own, with decay [b, hk, k, 1] and own [b, hk, k, v] in float32.
       output_final_state: whether to return the state after the last token.
-      config: the tuning; the table's for these shapes if None.
+      config: the tuning, of two passes for a function; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
 
     Returns:
@@ -83,7 +86,9 @@ def forward(
     value_size = v.shape[-1]
     gate_parts = 0 if g is None or g.ndim == 3 else 1 if g.dtype == q.dtype else 2
     chunks = pl.cdiv(time, CHUNK)
-    config = config or choose_forward(key_size, value_size, batch * heads, chunks, q.dtype, gate_parts == 2)
+    if config is None:
+        options = {"wide_gate": gate_parts == 2, "two_passes": callable(initial_state)}
+        config = choose_forward(key_size, value_size, batch * heads, chunks, q.dtype, **options)
     one_pass = isinstance(config, ForwardConfig)
     scan = config if one_pass else config[1]
 
@@ -92,8 +97,12 @@ def forward(
     g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if gate_parts else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
-    if initial_state is not None:
-        initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
+    padded = lambda state: _pad(state, widths[0], widths[1], axes=(2, 3))
+    if callable(initial_state):
+        enter = initial_state
+        initial_state = lambda decay, own: padded(enter(decay[:, :, :key_size], own[:, :, :key_size, :value_size]))
+    elif initial_state is not None:
+        initial_state = padded(initial_state)
     run = _one_pass if one_pass else _two_passes
     o, state = run(q, k, v, g, scale, initial_state, output_final_state, config, chunks, gate_parts, interpret)
     return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size]
@@ -188,27 +197,35 @@ def _two_passes(q, k, v, g, scale, initial_state, output_final_state, configs, c
         return kernel(*gated, v, *(() if initial is None else (initial,)))
 
     # States are transposed in this kernel, [v, k], one a split.
-    initial = None if initial_state is None else jnp.swapaxes(initial_state, 2, 3)[:, :, None]
-    if splits > 1:
-        (last,) = run(False, None, True)
+    turned = lambda state: jnp.swapaxes(state, 2, 3)
+    added: Any = None
+    decay: Any = None
+    if splits > 1 or callable(initial_state):
+        (added,) = run(False, None, True)
         decay = gated[3][:, :: heads // kv_heads, : splits * each].reshape(batch, kv_heads, splits, each, 1, key_size)
-        initial = _states_before(last, jnp.prod(decay, axis=3), initial)
+        decay = jnp.prod(decay, axis=3)
+    if callable(initial_state):
+        own = _states_between(added, decay, None)[-1]
+        initial_state = initial_state(turned(jnp.prod(decay, axis=2)), turned(own[:, :, 0]))
+    initial = None if initial_state is None else turned(initial_state)[:, :, None]
+    if splits > 1:
+        initial = jnp.concatenate(_states_between(added, decay, initial)[:-1], axis=2)
     o, *final = run(True, initial, output_final_state)
-    return o, jnp.swapaxes(final[0][:, :, -1], 2, 3) if output_final_state else None
+    return o, turned(final[0][:, :, -1]) if output_final_state else None
 
 
-def _states_before(last, decay, initial):
-    """The states before each split of a sequence.
+def _states_between(added, decay, initial):
+    """The states [b, hk, 1, v, k] before each split of a sequence and after the last.
 
     Args:
-      last: [b, hk, splits, v, k], what each split adds to the state after it.
+      added: [b, hk, splits, v, k], what each split adds to the state after it.
       decay: [b, hk, splits, 1, k].
       initial: [b, hk, 1, v, k] before the first, or None.
     """
-    states = [jnp.zeros_like(last[:, :, :1]) if initial is None else initial]
-    for i in range(last.shape[2] - 1):
-        states.append(decay[:, :, i : i + 1] * states[-1] + last[:, :, i : i + 1])
-    return jnp.concatenate(states, axis=2)
+    states = [jnp.zeros_like(added[:, :, :1]) if initial is None else initial]
+    for i in range(added.shape[2]):
+        states.append(decay[:, :, i : i + 1] * states[-1] + added[:, :, i : i + 1])
+    return states
 
 
 def _parts(g, dtype):

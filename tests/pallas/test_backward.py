@@ -68,6 +68,26 @@ def test_shapes(kind, shape):
     check(interpreted, kind, *shape)
 
 
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_final_cotangent_made_of_what_the_tokens_do(parts):
+    b, t, h, hk, k, v = (1, 20, 1, 1, 40, 24) if parts == 1 else (2, 200, 2, 1, 128, 128)
+    q, key, value, g, state = arguments("mild", b, t, h, k, v, hk=hk)
+    do, dfinal = cotangents(value, h, state, "bfloat16")
+    found = []
+
+    def enter(decay, own):
+        found.extend((decay, own))
+        return dfinal
+
+    config = dataclasses.replace(choose_backward(k, v, q.dtype), time_parts=parts)
+    got = interpreted(q, key, value, g, k**-0.5, state, do, enter, config=config)
+    want = recurrence_gradients(q, key, value, g, k**-0.5, state, do, dfinal)
+    assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
+    decay, own = found
+    assert relative(own, recurrence_gradients(q, key, value, g, k**-0.5, state, do, 0 * dfinal)[4]) < 8e-3
+    assert relative(decay[..., 0], jnp.exp(jnp.sum(g.astype("float32"), 1))) < 5e-3
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["mild", "late"])
 def test_float16(kind):

@@ -3,6 +3,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -67,6 +68,27 @@ def test_as_with_many_heads(kind, k, monkeypatch):
 def test_split_sequences():
     """Of 17 chunks, two parts of 9 and 8."""
     check(interpreted, "late", 1, 1050, 2, 1, 64, 64)
+
+
+@pytest.mark.parametrize("splits", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_an_initial_state_made_of_what_the_tokens_do(splits):
+    b, t, h, hk, k, v = (1, 20, 1, 1, 40, 24) if splits == 1 else (2, 200, 2, 1, 64, 64)
+    q, key, value, g, state = arguments("mixed", b, t, h, k, v, hk=hk)
+    gate, scan = choose_forward(k, v, b * h, 2, q.dtype, two_passes=True)
+    found = []
+
+    def enter(decay, own):
+        found.extend((decay, own))
+        return state
+
+    config = gate, dataclasses.replace(scan, splits=splits)
+    o, final = interpreted(q, key, value, g, k**-0.5, enter, True, config=config)
+    want = recurrence(q, key, value, g, k**-0.5, state)
+    assert relative(o, want[0]) < STRONG_TOLERANCE["bfloat16"]
+    assert relative(final, want[1]) < STRONG_TOLERANCE["bfloat16"]
+    decay, own = found
+    assert relative(own, recurrence(q, key, value, g, 1.0, 0 * state)[1]) < STRONG_TOLERANCE["bfloat16"]
+    np.testing.assert_allclose(decay[..., 0], np.exp(np.sum(np.asarray(g, np.float32), 1)), 2e-2, 1e-30)
 
 
 @pytest.mark.parametrize("kind", ["mild", "late"])
