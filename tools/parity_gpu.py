@@ -69,6 +69,7 @@ def families(small: bool) -> dict[str, tuple[str, str, dict[str, Any]]]:
         "gla, one block": ("fla", "GLA", {**two, "num_hidden_layers": 1}),
         "gla with convolutions": ("fla", "GLA", {**two, "use_short_conv": True, "num_kv_heads": 1}),
         "retnet": ("fla", "RetNet", four),
+        "retnet, one block": ("fla", "RetNet", {**four, "num_hidden_layers": 1}),
         "hgrn2": ("fla", "HGRN2", {**two, "num_heads": None, "expand_ratio": 32 if small else 128}),
         "linear_attn": ("fla", "LinearAttention", four),
         "rwkv6": ("fla", "RWKV6", two),
