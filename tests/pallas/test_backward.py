@@ -169,7 +169,6 @@ def test_chunks_in_parallel_for_every_gate(kind, shape, dtype):
     check(interpreted, kind, *shape, dtype=dtype)
 
 
-@pytest.mark.parametrize(("b", "t", "kernels"), [(8, 2048, 2), pytest.param(1, 16384, 3, marks=pytest.mark.exhaustive)])
 def of_one_block(k, v):
     """The tuning with all chunks of a head in one block, one after the other."""
     config = choose_backward(k, v, jnp.dtype("bfloat16"))
@@ -196,6 +195,7 @@ def test_chunks_one_after_the_other(kind, shape):
     check(functools.partial(interpreted, config=of_one_block(*shape[4:])), kind, *shape)
 
 
+@pytest.mark.parametrize(("b", "t", "kernels"), [(8, 2048, 2), pytest.param(1, 16384, 3, marks=pytest.mark.exhaustive)])
 def test_chunks_in_parallel_lower(b, t, kernels):
     """In one kernel after another that walks both ways; of few long sequences it walks parts first."""
     keys, values = (jax.ShapeDtypeStruct((b, t, 4, n), "bfloat16") for n in (256, 512))
