@@ -254,8 +254,10 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             def free_state(self):
                 plgpu.barrier_arrive(s["ring_free"].at[self.state])
 
-            def free_others(self):
+            def free_values(self):
                 plgpu.barrier_arrive(s["values_free"].at[self.stage])
+
+            def free_d(self):
                 plgpu.barrier_arrive(s["ring_free"].at[self.d])
 
         def sums(first, make_step, which, *, with_dv):
@@ -280,7 +282,9 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 plgpu.commit_smem()
                 if with_dv:
                     write_dv(j, at)
-                pl.when((j >= 0) if with_dv else (j < steps - 1))(at.free_others)
+                pl.when((j >= 0) if with_dv else (j < steps - 1))(at.free_values)
+                # In the last one's place dk~ waits, or the levels have tiles.
+                pl.when(j < steps - 1)(at.free_d)
                 return tuple(dq), dk, da, crossing
 
             wide = (nothing(jnp.float32),) * len(which)
@@ -339,12 +343,18 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             meet("gated")
             make_step = lambda j: Step(j, c.ring, c.value_stages)
             dqs, dks, da, crossings = sums(jnp.int32(0), make_step, range(tiles), with_dv=True)
+            last = make_step(jnp.int32(steps - 1))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             meet("summed")
             if c.lends:
                 write_lower(lower)
             spare[...] = keep_lower(da).astype(spare.dtype)
+            parked = [last.own("d", t) for t in range(tiles)]
+            if tiles > 1:
+                split_in_two(dks[1], *parked)
             plgpu.commit_smem()
+            if tiles == 1:
+                last.free_d()
             for t in range(tiles):
                 zero = zero_of(i + t)
                 q, k, g = (place(name, t, zero, next_base) for name in "qkg")
@@ -355,10 +365,13 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 dq, inside = _accumulate((dqs[t], nothing(jnp.float32)), pairs, interpret)
                 if t > 0:
                     free_tokens(t - 1)
-                w = (load(k) * dks[t]).astype(q.dtype)
+                across = dks[0] if t == 0 else load(parked[0]) + load(parked[1])
+                w = (load(k) * across).astype(q.dtype)
                 z = load(q) * dq - load(k) * inside - w.astype(jnp.float32)
-                dk = inside + dks[t]
+                dk = inside + across
                 plgpu.commit_smem()
+                if t > 0:
+                    last.free_d()
                 split_in_two(z, k, scores)
                 q[...] = w
                 plgpu.commit_smem()
@@ -421,7 +434,8 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 plgpu.copy_smem_to_gmem(product, outputs(i, warpgroup * tiles + t)["k"])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 at.free_state()
-                at.free_others()
+                at.free_values()
+                at.free_d()
                 return kept
 
             kept = lax.fori_loop(jnp.int32(0), jnp.int32(tiles), one, nothing(scores.dtype))
@@ -436,7 +450,8 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 write_dv(j, at)
                 plgpu.commit_smem()
                 at.free_state()
-                at.free_others()
+                at.free_values()
+                at.free_d()
 
             lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
