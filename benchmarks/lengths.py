@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "op lengths": [1024, 2048, 4096, 8192, 16384, 32768],
         "steps": 4,
         "slow": {"Mamba": 1},
-        "calls": 5,
+        "calls": 20,
         "repeats": 3,
     },
 }

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -164,7 +165,7 @@ def write(
         return
     record = {
         "what": what,
-        "command": " ".join(["python", "-m", f"benchmarks.{what}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{what}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": str(jax.devices()[0].device_kind),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},

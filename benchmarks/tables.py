@@ -125,13 +125,14 @@ def recall_table() -> str:
         pairs = [str(n) for n in counts(record["settings"]["pairs"])]
         lines += heading(record)
         lines += [
-            f"| model | {' | '.join(pairs)} pairs | learning rate | parameters |",
-            "|---" * (len(pairs) + 3) + "|",
+            f"| model | {' | '.join(pairs)} pairs | the most, each seed | learning rate | parameters |",
+            "|---" * (len(pairs) + 4) + "|",
         ]
         for model, row in record["results"].items():
             mean, spread = np.mean(row["measured"], 0), np.std(row["measured"], 0)
             recalled = " | ".join(f"{x:.3f} ± {y:.3f}" for x, y in zip(mean, spread, strict=True))
-            lines.append(f"| {model} | {recalled} | {row['learning rate']:g} | {row['parameters']:,} |")
+            each = ", ".join(f"{x[-1]:.3f}" for x in row["measured"])
+            lines.append(f"| {model} | {recalled} | {each} | {row['learning rate']:g} | {row['parameters']:,} |")
         lines += ending(name, record)
     return "\n".join(lines) or "Not run yet.\n"
 

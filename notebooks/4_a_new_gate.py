@@ -24,12 +24,14 @@
 import importlib.util
 import subprocess
 import sys
+import tempfile
 
 if importlib.util.find_spec("gla_jax") is None:
     source = "gla_jax[notebooks] @ git+https://github.com/gla-jax/gla_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,7 +43,9 @@ from flax import nnx
 
 from gla_jax import gated_linear_attention
 from gla_jax.nn import CausalLM, CausalLMConfig, GatedLinearAttention, GatedLinearAttentionConfig, generate
-from gla_jax.train import load_corpus
+from gla_jax.nn.config import MIXERS
+from gla_jax.train import TrainConfig, load_corpus, load_model
+from gla_jax.train import train as train_run
 
 plt.rcParams.update({"figure.dpi": 70, "figure.figsize": (7, 3)})
 
@@ -185,6 +189,18 @@ _ = plt.legend()
 prompt = [list(b"KING. ")]
 out = generate(models["spread"], prompt, 80, key=jax.random.key(0), temperature=0.7)
 print(bytes(out[0].tolist()).decode(errors="replace"))
+
+# %% [markdown]
+# To train it as `gla-jax train` does, with checkpoints, a log and the same data, give it a name, which the run's folder keeps. Here
+# are a few steps of a model that is smaller than the command's:
+
+# %%
+MIXERS["spread"] = SpreadGateConfig
+model = CausalLMConfig.tiny("spread").replace(hidden_size=64, num_layers=2, mlp_size=128)
+with tempfile.TemporaryDirectory() as folder:
+    result = train_run(TrainConfig(run=Path(folder), model=model, steps=20, length=64, sample=0))
+    again = load_model(Path(folder))  # in another process too, once the name is given there
+print(f"held out: {result.bits_per_byte:.2f} bits a byte")
 
 # %% [markdown]
 # A gate with a formula that no layer has can use the op itself, with `g` of any of its shapes:

@@ -161,11 +161,18 @@ class TrainConfig:
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values; each mixer of a CausalLMConfig has its name in MIXERS as its "kind"."""
+    """The config as plain JSON values; each mixer of a CausalLMConfig has its name in MIXERS as its "kind".
+
+    Raises:
+      InputError: if a mixer has none.
+    """
     fields: dict[str, Any] = dataclasses.asdict(config)
     fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     if isinstance(config.model, CausalLMConfig):
         kinds = {kind: name for name, kind in MIXERS.items()}
+        for unnamed in (type(mixer).__name__ for mixer in config.model.mixers if type(mixer) not in kinds):
+            named = f'gla_jax.nn.config.MIXERS["some name"] = {unnamed}'
+            raise InputError(f"argument --model.mixer: {unnamed} has no name to be saved by; give it one: {named}")
         mixers = [{"kind": kinds[type(mixer)], **mixer.options()} for mixer in config.model.mixers]
         fields["model"]["mixer"] = mixers if isinstance(config.model.mixer, tuple) else mixers[0]
     return fields | {"mix": list(config.mix)}

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from gla_jax.nn import CausalLMConfig, GatedLinearAttentionConfig
+from gla_jax.nn.config import MIXERS
 from gla_jax.train import InputError, MeshConfig, TrainConfig
 from gla_jax.train.config import config_from_json, config_to_json, differences
 
@@ -12,6 +14,17 @@ from .small import small
 @pytest.mark.parametrize("data", [None, Path("texts/mine.jsonl")])
 def test_a_config_survives_json(data):
     config = small(Path("runs/a"), data=data, optimizer="adamw", mix=("b=2",), mesh=MeshConfig(fsdp=2))
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+
+
+def test_a_layer_of_ones_own_is_saved_by_its_name_in_mixers(monkeypatch):
+    class MineConfig(GatedLinearAttentionConfig):
+        pass
+
+    config = small("runs/mine", model=CausalLMConfig.tiny("gla").replace(mixer=MineConfig(num_heads=2)))
+    with pytest.raises(InputError, match=r"--model.mixer: MineConfig has no name .*MIXERS\["):
+        config_to_json(config)
+    monkeypatch.setitem(MIXERS, "mine", MineConfig)
     assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
 
 
