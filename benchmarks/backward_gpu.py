@@ -123,10 +123,10 @@ GROUPS = {
         bits,
         [(FIRST, "mild"), (FIRST, "tenth"), ((2, 8192, 16, 64, 128), "mild"), ((8, 2048, 4, 256, 512), "mild")],
     ),
-    "times": (
+    "times": (times, [(shape, "mild") for shape in BARS]),
+    "gates": (
         times,
-        [(shape, "mild") for shape in BARS]
-        + [(FIRST, kind) for kind in KINDS[1:]]
+        [(FIRST, kind) for kind in KINDS[1:]]
         + [((8, 2048, 4, 256, 512), kind) for kind in ("resets", "packed", "tenth", "all strong")],
     ),
 }

@@ -305,16 +305,33 @@ def parity_table() -> str:
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         rows, length = record["tokens_bt"]
         lines += [f"{record['device']}, {record['date'][:10]}, {rows} x {length} tokens; {versions}:", ""]
-        names = ("model", "float32", "bfloat16", "ours to float32", "theirs to float32", "a block: ours", "theirs")
+        names = ("model", "float32", "bfloat16", "ours to float32", "theirs to float32", "theirs to theirs", "a block")
         lines += [f"| {' | '.join(names)} | written back |", "|---" * (len(names) + 1) + "|"]
         for name, row in record["results"].items():
-            alone = row["each block alone, of what entered theirs in bfloat16"]
-            blocks = [[block[f"{who} bfloat16 to our float32"] for block in alone] for who in ("our", "their")]
+            alone = row.get("each block alone, of what entered theirs in bfloat16", ())
+            blocks = [block["our bfloat16 to their bfloat16"] for block in alone]
             back = [row["theirs of what we wrote"][dtype]["to theirs of its own"] for dtype in record["bars"]]
-            numbers = [*row["logits"].values(), *(float(np.mean(x)) if None not in x else None for x in blocks)]
-            shown = ["none" if x is None else f"{x:.1e}" for x in numbers]
+            # 0 where the same kernels ran twice.
+            itself = row.get("their bfloat16 token by token", {}).get("to theirs in bfloat16", "") or ""
+            numbers = [*row["logits"].values(), itself, float(np.mean(blocks)) if blocks and None not in blocks else ""]
+            shown = ["none" if x is None else x if x == "" else f"{x:.2e}" for x in numbers]
             same = "the same" if back == [0, 0] else " and ".join("none" if x is None else f"{x:.1e}" for x in back)
             lines.append(f"| {name} | {' | '.join(shown)} | {same} |")
+        lines.append("")
+    return "\n".join(lines) or "Not run yet.\n"
+
+
+def roundings_table() -> str:
+    """What each rounding does to logits, by model, in thousandths."""
+    lines = []
+    for _, record in records("parity, rounding by rounding"):
+        models = record["results"]
+        lines += [f"| | {' | '.join(name.replace('_', ' ') for name in models)} |", "|---" * (len(models) + 1) + "|"]
+        for choice in sorted({choice for row in models.values() for choice in row["of"]}):
+            pairs = [row["of"].get(choice) for row in models.values()]
+            numbers = [x and [1000 * x[name] for name in ("to theirs", "to float32")] for x in pairs]
+            shown = [f"{x[0]:.1f}, {x[1]:.1f}" if x else "" for x in numbers]
+            lines.append(f"| {choice} | {' | '.join(shown)} |")
         lines.append("")
     return "\n".join(lines) or "Not run yet.\n"
 
@@ -334,6 +351,7 @@ TABLES = {
     "training against length": training_lengths_table,
     "op against length": op_lengths_table,
     "parity": parity_table,
+    "parity by roundings": roundings_table,
 }
 
 

@@ -11,7 +11,9 @@ model is made by its own class and initialisation, with noise on parameters that
 matters; all are rounded to bfloat16, so that only arithmetic differs. Theirs runs in float32 (sums of products in full:
 no TF32, "ieee" in Triton) and wholly in bfloat16; ours reads their safetensors and computes in float32 (highest
 precision) and in bfloat16, with the implementation that a user would get. What ours writes of it theirs reads again.
-Where the bfloat16 logits differ by more than the bar, each block is then compared alone.
+Where the bfloat16 logits differ by more than the bar, each block is then compared alone. Where theirs has kernels that
+go token by token beside those in chunks, they are compared with each other too: as much as one library differs from
+itself, two may.
 
 Every number is RMS(x - y) / RMS(y) over logits, or over what a block hands to the next. Triton's autotuners take the
 first configuration that runs, and XLA's none: which is fastest makes no difference here.
@@ -64,8 +66,10 @@ def families(small: bool) -> dict[str, tuple[str, str, dict[str, Any]]]:
     large = {**two, "num_hidden_layers": 4, "hidden_size": 128 if small else 512, "num_heads": 4}
     return {
         "gla": ("fla", "GLA", two),
+        "gla, one block": ("fla", "GLA", {**two, "num_hidden_layers": 1}),
         "gla with convolutions": ("fla", "GLA", {**two, "use_short_conv": True, "num_kv_heads": 1}),
         "retnet": ("fla", "RetNet", four),
+        "retnet, one block": ("fla", "RetNet", {**four, "num_hidden_layers": 1}),
         "hgrn2": ("fla", "HGRN2", {**two, "num_heads": None, "expand_ratio": 32 if small else 128}),
         "linear_attn": ("fla", "LinearAttention", four),
         "rwkv6": ("fla", "RWKV6", two),
@@ -109,8 +113,10 @@ def tasks(part: str) -> list[Task]:
         return [Task("ours", ("theirs",), write_ours), *runs, Task("alone", compared, each_block_alone)]
     dtype = part.removeprefix("theirs-")
     made = [Task("theirs", (), make)] if dtype == "float32" else []
-    again = Task(f"back-{dtype}", ("ours", part), Theirs(dtype, "ours"))
-    return [*made, Task(part, ("theirs",), Theirs(dtype, "theirs")), again]
+    again = [Task(f"back-{dtype}", ("ours", part), Theirs(dtype, "ours"))]
+    if dtype == "bfloat16":
+        again.insert(0, Task("recurrent", ("theirs",), by_token))
+    return [*made, Task(part, ("theirs",), Theirs(dtype, "theirs")), *again]
 
 
 def work(part: str, chosen: Iterable[str], folder: pathlib.Path, small: bool) -> None:
@@ -243,10 +249,14 @@ def make(family: str, folder: pathlib.Path, small: bool) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Theirs:
-    """Logits of their class in one dtype, of what it saved ("theirs") or of what we wrote of that ("ours")."""
+    """Logits of their class in one dtype, of what it saved ("theirs") or of what we wrote of that ("ours").
+
+    `options` replace some of its config's.
+    """
 
     dtype: str
     checkpoint: str
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, family: str, folder: pathlib.Path, small: bool) -> dict[str, Any]:
         """Arrays and facts of the run."""
@@ -260,7 +270,7 @@ class Theirs:
         # What their Transformer holds we write as a Llama, since no config of fla's would say less.
         llama = json.loads((path / "config.json").read_text())["model_type"] == "llama"
         _, kind = their_class("transformers", "Llama") if llama else their_class(package, name)
-        model, report = kind.from_pretrained(path, output_loading_info=True)
+        model, report = kind.from_pretrained(path, output_loading_info=True, **dict(self.options))
         # from_pretrained(dtype=torch.bfloat16) leaves Mamba-2's norms in float32, and then its products fail.
         model, seen = model.to(device, getattr(torch, self.dtype)).eval(), []
 
@@ -278,6 +288,14 @@ class Theirs:
             "versions": json.dumps({package: importlib.metadata.version(package) for package in THEIR_VERSIONS}),
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
         }
+
+
+def by_token(family: str, folder: pathlib.Path, small: bool) -> dict[str, Any]:
+    """Their logits in bfloat16 by the kernels that go token by token, if the config has a choice."""
+    if json.loads((folder / "theirs" / "config.json").read_text()).get("attn_mode") is None:
+        return {}
+    run = Theirs("bfloat16", "theirs", (("attn_mode", "fused_recurrent"),))
+    return {"logits": run(family, folder, small)["logits"]}
 
 
 # Ours.
@@ -418,6 +436,12 @@ def compare(family: str, folder: pathlib.Path, small: bool) -> dict[str, Any]:
         "logits": four(*logits),
         "theirs of what we wrote": {dtype: back(dtype) for dtype in BARS},
     }
+    if (recurrent := get("recurrent", "logits")) is not None:
+        whole = {who: get(who, "logits") for who in ("theirs-bfloat16", "theirs-float32", "ours-bfloat16")}
+        names = ("to theirs in bfloat16", "to their float32", "to our bfloat16")
+        found["their bfloat16 token by token"] = dict(
+            zip(names, (ratio(recurrent, y) for y in whole.values()), strict=True)
+        )
     if "float32" in runs.get("alone", ()):
         blocks = [alone(i) for i in range(options["num_hidden_layers"])]
         found["each block alone, of what entered theirs in bfloat16"] = blocks

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
+from gla_jax.nn.mlp import silu
 from gla_jax.nn.sharding import parameter
 from gla_jax.sequence_parallel import axis_size, is_manual, tokens_before
 
@@ -111,7 +112,7 @@ class ShortConvolution(nnx.Module):
     def _finish(self, y: Array, bias: Array | None, dtype: Any) -> Array:
         if bias is not None:
             y = y + bias.astype(y.dtype)
-        return (jax.nn.silu(y) if self.activation else y).astype(self.dtype or dtype)
+        return (silu(y) if self.activation else y).astype(self.dtype or dtype)
 
     def _segments_after_past(self, segment_ids: Ids | None) -> Array | None:
         return None if segment_ids is None else jnp.pad(_segments(segment_ids), ((0, 0), (self.size - 1, 0)))

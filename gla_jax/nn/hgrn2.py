@@ -9,6 +9,7 @@ from flax import nnx
 
 from gla_jax.array_types import Array
 from gla_jax.nn.conv import ShortConvolution
+from gla_jax.nn.mlp import silu
 from gla_jax.nn.norm import RMSNorm
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear
@@ -92,7 +93,7 @@ class HGRN2(RecurrentLayer):
         k = -jnp.expm1(g)
         q, k, v, g = (
             y.reshape(*x.shape[:-1], self.num_heads, -1)
-            for y in (jax.nn.silu(streams["q_conv"]), k.astype(x.dtype), streams["v_conv"], g)
+            for y in (silu(streams["q_conv"]), k.astype(x.dtype), streams["v_conv"], g)
         )
         return {"q": q, "k": k.astype(q.dtype), "v": v, "g": g}
 

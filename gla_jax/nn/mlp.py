@@ -1,5 +1,6 @@
 """The feed-forward half of a block."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,12 +11,24 @@ from jaxtyping import Float
 from gla_jax.array_types import Array
 from gla_jax.nn.sharding import linear, side_by_side
 
-__all__ = ["SwiGLU", "mlp_width"]
+__all__ = ["SwiGLU", "gated", "mlp_width", "silu"]
 
 
 def mlp_width(hidden_size: int, ratio: float = 4.0) -> int:
     """Two thirds of ratio * hidden_size, rounded up to a multiple of 256 (as flash-linear-attention and Llama do)."""
     return -(-int(hidden_size * ratio * 2 / 3) // 256) * 256
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def silu(x: Array) -> Array:
+    """x sigmoid(x), computed in float32 and rounded once; for its gradient nothing but x is kept."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(x: Array, gate: Array) -> Array:
+    """swish(gate) * x in gate's dtype, rounded once; for its gradients nothing but the arguments is kept."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * x.astype(jnp.float32)).astype(gate.dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -48,4 +61,4 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         """Apply to x [..., d], each row on its own."""
         gate, up = side_by_side((self.gate_proj, self.up_proj), x)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(gated(up, gate))

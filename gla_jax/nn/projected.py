@@ -10,6 +10,7 @@ from flax import nnx
 
 from gla_jax.array_types import Array
 from gla_jax.nn.conv import ShortConvolution
+from gla_jax.nn.mlp import gated, silu
 from gla_jax.nn.norm import LayerNorm, RMSNorm
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear, side_by_side
@@ -20,7 +21,7 @@ FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "sqrelu": lambda x: jnp.square(jax.nn.relu(x)),
     "elu1": lambda x: jax.nn.elu(x) + 1,
-    "silu": jax.nn.silu,
+    "silu": silu,
     "gelu": jax.nn.gelu,
     "sigmoid": jax.nn.sigmoid,
 }
@@ -93,8 +94,9 @@ class ProjectedLayer(RecurrentLayer):
             self.out_gate = linear(hidden_size, width, ("embed", "heads"), bias=config.output_gate_bias, **weights)
         self.o_proj = linear(width, hidden_size, ("heads", "embed"), **weights)
         self.o_norm = nnx.data(None)
+        norm_parts = {**making.parts, "dtype": jnp.float32}  # rounded once, after the gate
         if (norm := OUTPUT_NORMS[config.output_norm]) is not None:
-            self.o_norm = norm(self.head_v, eps=making.norm_eps, affine=config.output_norm_affine, **making.parts)
+            self.o_norm = norm(self.head_v, eps=making.norm_eps, affine=config.output_norm_affine, **norm_parts)
         self.q_conv = self.k_conv = self.v_conv = nnx.data(None)
         if config.conv_size:
 
@@ -137,5 +139,11 @@ class ProjectedLayer(RecurrentLayer):
         return self.decay(x, layer_input)
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
-        y = (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)
-        return self.o_proj(y if self.out_gate is None else y * jax.nn.silu(streams["out_gate"]))
+        def norm(o: Array) -> Array:
+            return (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)
+
+        if self.out_gate is None:
+            return self.o_proj(norm(o).astype(o.dtype))
+        # For the gradients nothing but the arguments is kept.
+        finish = jax.checkpoint(lambda o, gate: gated(norm(o), gate), prevent_cse=False)
+        return self.o_proj(finish(o, streams["out_gate"]))

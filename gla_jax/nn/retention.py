@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.array_types import Array
+from gla_jax.nn.mlp import silu
 from gla_jax.nn.norm import RMSNorm
 from gla_jax.nn.projected import FEATURE_MAPS, ProjectedConfig, ProjectedLayer
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
@@ -134,7 +135,7 @@ class LightningAttention(RecurrentLayer):
         return {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
-        heads = {name: jax.nn.silu(y).reshape(*x.shape[:-1], self.num_heads, -1) for name, y in streams.items()}
+        heads = {name: silu(y).reshape(*x.shape[:-1], self.num_heads, -1) for name, y in streams.items()}
         slopes = 2.0 ** (-8.0 * np.arange(1, self.num_heads + 1) / self.num_heads)
         depth = 0.0 if layer_input is None else layer_input
         return {**heads, "g": -jnp.asarray(slopes, jnp.float32) * (1 - depth + 1e-5)}

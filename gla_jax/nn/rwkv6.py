@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.conv import TokenShift
+from gla_jax.nn.mlp import gated
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear, parameter
 
@@ -113,7 +114,7 @@ class RWKV6(RecurrentLayer):
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.norm_eps)
         y = y.reshape(*x.shape[:-1], -1) * self.norm_scale[...].astype(jnp.float32)
         y = (y + self.norm_bias[...].astype(jnp.float32)).astype(o.dtype)
-        return self.o_proj(jax.nn.silu(streams["z"]) * y)
+        return self.o_proj(gated(y, streams["z"]))
 
 
 class ChannelMix(nnx.Module):

@@ -166,7 +166,7 @@ def backward(
         states, decay, d, dinitial = walk((forwards, k_, v_, g_, initial), (last, q_, do_, g_, final))
         mild = jnp.all(decay[..., ::WIDTH] > 0.5, axis=-1).astype(jnp.int32)
         all_chunks = parts * chunks
-        own = pl.cdiv(all_chunks * batch * heads, 132)
+        own = pl.cdiv(all_chunks * batch * heads, config.in_chunks.blocks)
         out = lambda size: jax.ShapeDtypeStruct((batch, rows, heads, size), dtype)
         make = call(
             backward_chunks.chunks_kernel,

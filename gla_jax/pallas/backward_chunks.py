@@ -39,8 +39,9 @@ def scratch(config, dtype):
         "spare": tile((c.groups, *TILE), dtype),
         "decay": plgpu.SMEM((c.token_stages, c.key_blocks, CHUNK), jnp.float32),
         "row": plgpu.SMEM((c.groups, CHUNK), jnp.float32),
-        "tokens_loaded": plgpu.Barrier(num_arrivals=4 * c.key_blocks, num_barriers=c.token_stages),
-        "tokens_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.token_stages),
+        # By place and tile of a warpgroup.
+        "tokens_loaded": plgpu.Barrier(num_arrivals=4 * c.groups, num_barriers=c.token_stages * c.tiles),
+        "tokens_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.token_stages * c.tiles),
         "ring_loaded": plgpu.Barrier(num_arrivals=c.key_blocks, num_barriers=c.ring),
         "ring_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.ring),
         "values_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=c.value_stages),
@@ -116,32 +117,22 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
             plgpu.barrier_wait(s[name].at[n])
             return s[name.replace("free", "loaded")].at[n]
 
-        def load_gates(i, slot, loaded):
-            for m, channels in key_blocks:
-                copy(g.at[batch, tokens(i), kv_head, channels], _gates(s, c, slot).at[m], loaded)
-
-        def lend():
-            """Waits until g's place and the triangle's are free of what the loop over v had there."""
-            plgpu.barrier_wait(s["ring_free"].at[c.ring - 1])
-            plgpu.barrier_wait(s["values_free"].at[c.value_stages - 1])
-
-        def load_tokens(i):
+        def load_tokens(i, base):
             slot = lax.rem(i, jnp.int32(c.token_stages))
-            loaded = free("tokens_free", slot)
-            if c.lends:
-                lend()
-            load_gates(i, slot, loaded)
-            for m, channels in key_blocks:
-                copy(q.at[batch, tokens(i), head, channels], s["q"].at[slot, m], loaded)
-                copy(k.at[batch, tokens(i), kv_head, channels], s["k"].at[slot, m], loaded)
-                copy(walked(decay, kv_head, i).at[channels], s["decay"].at[slot, m], loaded)
+            for t in range(c.tiles):
+                loaded = free("tokens_free", slot * c.tiles + t)
+                for m, channels in key_blocks[t :: c.tiles]:
+                    copy(g.at[batch, tokens(i), kv_head, channels], _gates(s, c, slot, base).at[m], loaded)
+                    copy(q.at[batch, tokens(i), head, channels], s["q"].at[slot, m], loaded)
+                    copy(k.at[batch, tokens(i), kv_head, channels], s["k"].at[slot, m], loaded)
+                    copy(walked(decay, kv_head, i).at[channels], s["decay"].at[slot, m], loaded)
 
-        def load_step(i, j, ring, stages):
+        def load_step(i, j, base, ring, stages):
             """Of the chunk's step j, or of one that goes through v again."""
             column = pl.ds(lax.rem(j, jnp.int32(steps)) * CHUNK, CHUNK)
 
             def load_ring(ref, head, item):
-                slot = lax.rem(item, jnp.int32(ring))
+                slot = _ring_place(c, base, item, ring)
                 loaded = free("ring_free", slot)
                 for m, channels in key_blocks:
                     copy(walked(ref, head, i).at[channels, column], s["ring"].at[slot, m], loaded)
@@ -154,49 +145,71 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
             load_ring(d, head, 2 * j + 1)
 
         if c.token_stages > 1:
-            load_tokens(jnp.int32(0))
+            load_tokens(jnp.int32(0), jnp.int32(0))
 
-        def chunk(i, _):
+        def chunk(i, base):
             mild = is_mild(i)
 
             def load_next():
                 # The first step's are on their way while the last chunk's gradients of q, k and g are made.
                 if c.token_stages == 1:
-                    load_tokens(i)
+                    load_tokens(i, base)
                 else:
-                    pl.when(i + 1 < count)(lambda: load_tokens(i + 1))
+                    pl.when(i + 1 < count)(lambda: load_tokens(i + 1, base))
 
             def go(goes, ring, stages):
-                load_step(i, jnp.int32(0), ring, stages)
+                load_step(i, jnp.int32(0), base, ring, stages)
                 load_next()
-                lax.fori_loop(jnp.int32(1), goes * steps, lambda j, _: load_step(i, j, ring, stages), None)
+                lax.fori_loop(jnp.int32(1), goes * steps, lambda j, _: load_step(i, j, base, ring, stages), None)
+
+            next_base = _next_base(c, base, steps, mild)
 
             @pl.when(mild > 0)
             def _mild():
                 go(jnp.int32(1), c.ring, c.value_stages)
                 if c.lends:
-                    lend()
-                    load_gates(i, 0, s["gates_loaded"])
+                    # g again, where the ring is free first, and no more of v: the triangle is there.
+                    place = _ring_place(c, next_base, c.ring - 1, c.ring)
+                    plgpu.barrier_wait(s["ring_free"].at[place])
+                    for m, channels in key_blocks:
+                        copy(g.at[batch, tokens(i), kv_head, channels], s["ring"].at[place, m], s["gates_loaded"])
+                    plgpu.barrier_wait(s["values_free"].at[c.value_stages - 1])
 
             @pl.when(mild == 0)
             def _any():
-                go(jnp.int32(c.key_blocks // c.groups + 1), c.ring - c.lends, c.value_stages - c.lends)
+                go(jnp.int32(c.tiles + 1), c.ring - c.lends, c.value_stages - c.lends)
 
-        lax.fori_loop(jnp.int32(0), count, chunk, None)
+            return next_base
+
+        base = lax.fori_loop(jnp.int32(0), count, chunk, jnp.int32(0))
         # Every completion of a barrier has to be seen.
-        for name, places in (("values_free", c.value_stages), ("ring_free", c.ring), ("tokens_free", c.token_stages)):
-            for n in range(places):
-                plgpu.barrier_wait(s[name].at[n])
+        for n in range(c.value_stages - c.lends):
+            plgpu.barrier_wait(s["values_free"].at[n])
+        for n in range(c.ring - c.lends):
+            plgpu.barrier_wait(s["ring_free"].at[_ring_place(c, base, n, c.ring)])
+        for n in range(c.token_stages * c.tiles):
+            plgpu.barrier_wait(s["tokens_free"].at[n])
 
 
-def _gates(s, c, slot):
-    """Where g is, [key_blocks, 64, 64]: in the ring's last place while no state is there, if that is lent."""
-    return s["ring"].at[c.ring - 1] if c.lends else s["g"].at[slot]
+def _ring_place(c, base, item, ring):
+    """Where an item of a chunk is, if its first is at `base` and it has the first `ring` of the places from there."""
+    place = lax.rem(jnp.int32(item), jnp.int32(ring))
+    return lax.rem(base + place, jnp.int32(c.ring)) if c.lends else place
+
+
+def _next_base(c, base, steps, mild):
+    """The base of the next chunk: what is lent, the last place from there, is what a mild chunk frees first."""
+    return jnp.where(mild > 0, lax.rem(base + 2 * steps + 1, jnp.int32(c.ring)), base) if c.lends else base
+
+
+def _gates(s, c, slot, base):
+    """Where g is, [key_blocks, 64, 64], while no state is there."""
+    return s["ring"].at[_ring_place(c, base, c.ring - 1, c.ring)] if c.lends else s["g"].at[slot]
 
 
 def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, outputs, columns):
     """The computing role; outputs(i, m) and columns(i, j) are where tiles of chunk i go."""
-    tiles = c.key_blocks // c.groups
+    tiles = c.tiles
     scores, spare, row = (s[name].at[warpgroup] for name in ("scores", "spare", "row"))
     # The triangle takes v's or do's last place when that is lent.
     lower = s["values"].at[2 * c.value_stages - 2 + warpgroup] if c.lends else s["lower"].at[warpgroup]
@@ -205,36 +218,34 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
         plgpu.barrier_arrive(s[name])
         plgpu.barrier_wait(s[name])
 
-    def give_back_lent():
-        if c.lends:
-            plgpu.barrier_arrive(s["ring_free"].at[c.ring - 1])
-            plgpu.barrier_arrive(s["values_free"].at[c.value_stages - 1])
-
     def zero_of(i):
         """0, of which the compiler does not know it: it keeps addresses from being computed, and spilled, ahead."""
         third = lax.rem(i, jnp.int32(3))
         return third * (third - 1) * (third - 2)
 
-    def chunk(i, _):
+    def chunk(i, base):
         slot = lax.rem(i, jnp.int32(c.token_stages))
         mild = is_mild(i)
+        next_base = _next_base(c, base, steps, mild)
 
-        def place(name, t, zero):
+        def place(name, t, zero, base=base):
             at = warpgroup * tiles + t + zero
-            return _gates(s, c, slot).at[at] if name == "g" else s[name].at[slot, at]
+            return _gates(s, c, slot, base).at[at] if name == "g" else s[name].at[slot, at]
 
         class Step:
             """Where things are in one step over v; waits until they are there."""
 
             def __init__(self, j, ring, stages):
                 self.zero = zero_of(j)
-                self.state, self.d = (lax.rem(2 * j + n, jnp.int32(ring)) + self.zero for n in range(2))
+                self.state, self.d = (_ring_place(c, base, 2 * j + n, ring) + self.zero for n in range(2))
                 self.stage = lax.rem(j, jnp.int32(stages)) + self.zero
                 self.v, self.do = (s["values"].at[2 * self.stage + n] for n in range(2))
 
-            def wait(self):
+            def wait_state(self):
                 plgpu.barrier_wait(s["ring_loaded"].at[self.state])
                 plgpu.barrier_wait(s["values_loaded"].at[self.stage])
+
+            def wait_d(self):
                 plgpu.barrier_wait(s["ring_loaded"].at[self.d])
 
             def own(self, name, t):
@@ -243,8 +254,10 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             def free_state(self):
                 plgpu.barrier_arrive(s["ring_free"].at[self.state])
 
-            def free_others(self):
+            def free_values(self):
                 plgpu.barrier_arrive(s["values_free"].at[self.stage])
+
+            def free_d(self):
                 plgpu.barrier_arrive(s["ring_free"].at[self.d])
 
         def sums(first, make_step, which, *, with_dv):
@@ -256,28 +269,23 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             def step(j, carry):
                 dq, dk, da, crossing = carry
                 at = make_step(first + j)
-                at.wait()
-
-                def pairs():
-                    reads = [[(at.do, at.own("state", t).T)] for t in which]
-                    return reads + [[(at.v, at.own("d", t).T)] for t in which] + [[(at.do, at.v.T)]]
-
-                *found, da = _accumulate((*dq, *dk, da), pairs, interpret)
+                at.wait_state()
+                reads = lambda: [*([(at.do, at.own("state", t).T)] for t in which), [(at.do, at.v.T)]]
+                *dq, da = _accumulate((*dq, da), reads, interpret)
+                at.wait_d()
                 rows = (jnp.sum(load(at.own("state", t)) * load(at.own("d", t)), axis=1) for t in which)
                 crossing = tuple(x + y for x, y in zip(crossing, rows, strict=True))
                 plgpu.commit_smem()
+                # As soon as can be: what is loaded next in its place is waited for.
+                pl.when((j >= 0) if with_dv else (j < steps - 1))(at.free_state)
+                dk = _accumulate(dk, lambda: [[(at.v, at.own("d", t).T)] for t in which], interpret)
+                plgpu.commit_smem()
                 if with_dv:
-                    at.free_state()
                     write_dv(j, at)
-                    at.free_others()
-                else:
-
-                    @pl.when(j < steps - 1)
-                    def _free():
-                        at.free_state()
-                        at.free_others()
-
-                return tuple(found[: len(which)]), tuple(found[len(which) :]), da, crossing
+                pl.when((j >= 0) if with_dv else (j < steps - 1))(at.free_values)
+                # In the last one's place dk~ waits, or the levels have tiles.
+                pl.when(j < steps - 1)(at.free_d)
+                return tuple(dq), dk, da, crossing
 
             wide = (nothing(jnp.float32),) * len(which)
             init = wide, wide, nothing(jnp.float32), (vector(0.0),) * len(which)
@@ -298,13 +306,22 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             # Masks made of numbers would be computed, and spilled, ahead of the loop. A product would not do: inf * 0.
             return jnp.where(load(lower) > 0.5, a, 0.0)
 
-        def exponent(t, zero):
+        def exponent(t, zero, base=base):
             """E of a mild tile, in powers of 2."""
             row[...] = 0.5 * (1.0 - plgpu.layout_cast(s["decay"][slot, warpgroup * tiles + t + zero], ROWS))
             plgpu.commit_smem()
-            return (matmul([(lower, place("g", t, zero))]) - along_columns(row)) * LOG2_E
+            return (matmul([(lower, place("g", t, zero, base))]) - along_columns(row)) * LOG2_E
 
-        plgpu.barrier_wait(s["tokens_loaded"].at[slot])
+        def send(t, *names, base=base):
+            for name in names:
+                target = outputs(i, warpgroup * tiles + t)[name]
+                plgpu.copy_smem_to_gmem(place(name, t, 0, base), target, commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
+
+        def free_tokens(t):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(s["tokens_free"].at[slot * tiles + t])
+
         if c.lends:
             write_lower(lower)
 
@@ -312,6 +329,7 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
         def _mild():
             zero = zero_of(i)
             for t in range(tiles):
+                plgpu.barrier_wait(s["tokens_loaded"].at[slot * tiles + t])
                 q, k, e = place("q", t, zero), place("k", t, zero), exponent(t, zero)
                 q[...] = (load(q) * (jnp.exp2(e) * scale)).astype(q.dtype)
                 k[...] = (load(k) * jnp.exp2(-e)).astype(k.dtype)
@@ -319,34 +337,48 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             a = matmul([(place("q", t, zero), place("k", t, zero).T) for t in range(tiles)])
             scores[...] = keep_lower(a).astype(scores.dtype)
             plgpu.commit_smem()
-            give_back_lent()
+            if c.lends:
+                plgpu.barrier_arrive(s["ring_free"].at[_ring_place(c, base, c.ring - 1, c.ring)])
+                plgpu.barrier_arrive(s["values_free"].at[c.value_stages - 1])
             meet("gated")
             make_step = lambda j: Step(j, c.ring, c.value_stages)
             dqs, dks, da, crossings = sums(jnp.int32(0), make_step, range(tiles), with_dv=True)
+            last = make_step(jnp.int32(steps - 1))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             meet("summed")
             if c.lends:
-                plgpu.barrier_wait(s["gates_loaded"])
                 write_lower(lower)
             spare[...] = keep_lower(da).astype(spare.dtype)
+            parked = [last.own("d", t) for t in range(tiles)]
+            if tiles > 1:
+                split_in_two(dks[1], *parked)
             plgpu.commit_smem()
+            if tiles == 1:
+                last.free_d()
             for t in range(tiles):
                 zero = zero_of(i + t)
-                q, k, g = (place(name, t, zero) for name in "qkg")
+                q, k, g = (place(name, t, zero, next_base) for name in "qkg")
                 pairs = lambda t=t, zero=zero: [
                     [(s["spare"].at[warpgroup], place("k", t, zero))],
                     [(s["spare"].at[warpgroup].T, place("q", t, zero))],
                 ]
                 dq, inside = _accumulate((dqs[t], nothing(jnp.float32)), pairs, interpret)
-                w = (load(k) * dks[t]).astype(q.dtype)
+                if t > 0:
+                    free_tokens(t - 1)
+                across = dks[0] if t == 0 else load(parked[0]) + load(parked[1])
+                w = (load(k) * across).astype(q.dtype)
                 z = load(q) * dq - load(k) * inside - w.astype(jnp.float32)
-                dk = inside + dks[t]
+                dk = inside + across
                 plgpu.commit_smem()
+                if t > 0:
+                    last.free_d()
                 split_in_two(z, k, scores)
                 q[...] = w
                 plgpu.commit_smem()
+                if c.lends and t == 0:
+                    plgpu.barrier_wait(s["gates_loaded"])
                 # Only now, as registers are short.
-                e = exponent(t, zero)
+                e = exponent(t, zero, next_base)
                 dq = (dq * (jnp.exp2(e) * scale)).astype(q.dtype)
                 dk = (dk * jnp.exp2(-e)).astype(k.dtype)
 
@@ -366,9 +398,13 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 q[...] = dq
                 k[...] = dk
                 plgpu.commit_smem()
+                send(t, *"qkg", base=next_base)
+            free_tokens(tiles - 1)
 
         @pl.when(mild == 0)
         def _any():
+            for t in range(tiles):
+                plgpu.barrier_wait(s["tokens_loaded"].at[slot * tiles + t])
             make_step = lambda j: Step(j, c.ring - c.lends, c.value_stages - c.lends)
 
             # A tile at a time, as registers are short, and then dv. Of the last step the tiles of this warpgroup's
@@ -398,7 +434,8 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 plgpu.copy_smem_to_gmem(product, outputs(i, warpgroup * tiles + t)["k"])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 at.free_state()
-                at.free_others()
+                at.free_values()
+                at.free_d()
                 return kept
 
             kept = lax.fori_loop(jnp.int32(0), jnp.int32(tiles), one, nothing(scores.dtype))
@@ -408,35 +445,33 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
 
             def step(j, _):
                 at = make_step(tiles * steps + j)
-                at.wait()
+                at.wait_state()
+                at.wait_d()
                 write_dv(j, at)
                 plgpu.commit_smem()
                 at.free_state()
-                at.free_others()
+                at.free_values()
+                at.free_d()
 
             lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             meet("summed")
 
-        for t in range(tiles):
-            store = lambda name, t=t: plgpu.copy_smem_to_gmem(
-                place(name, t, 0), outputs(i, warpgroup * tiles + t)[name], commit_group=False
-            )
-            store("q")
-            store("g")
-            pl.when(mild > 0)(functools.partial(store, "k"))
-        plgpu.commit_smem_to_gmem_group()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        give_back_lent()
-        plgpu.barrier_arrive(s["tokens_free"].at[slot])
+            for t in range(tiles):
+                send(t, *"qg")
+            for t in range(tiles):
+                free_tokens(t)
 
-    # What the loader waits for before it loads is free at first.
-    for name, places in (("values_free", c.value_stages), ("ring_free", c.ring), ("tokens_free", c.token_stages)):
-        for n in range(places):
+        return next_base
+
+    # What the loader waits for before it loads is free at first, but for what is lent.
+    places = ("values_free", c.value_stages - c.lends), ("ring_free", c.ring - c.lends)
+    for name, count_ in (*places, ("tokens_free", c.token_stages * tiles)):
+        for n in range(count_):
             plgpu.barrier_arrive(s[name].at[n])
     if not c.lends:
         write_lower(lower)
-    lax.fori_loop(jnp.int32(0), count, chunk, None)
+    lax.fori_loop(jnp.int32(0), count, chunk, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -23,6 +23,7 @@ class ChunksConfig(Roles):
       lends: g and the triangle lie in the last places of the ring and of v and do, which are theirs while q, k and g
         are gated and their gradients made.
       compute_registers, load_registers: a thread's, in each role.
+      blocks: how many a call has at most: one a multiprocessor.
     """
 
     key_blocks: int
@@ -32,6 +33,7 @@ class ChunksConfig(Roles):
     lends: bool = False
     compute_registers: int = 240
     load_registers: int = 24
+    blocks: int = 132
 
     def __post_init__(self):
         if self.lends and (self.token_stages > 1 or self.ring < 3 or self.value_stages < 2):
@@ -41,6 +43,11 @@ class ChunksConfig(Roles):
     def groups(self) -> int:
         """Warpgroups that compute."""
         return min(2, self.key_blocks)
+
+    @property
+    def tiles(self) -> int:
+        """64 channels that a warpgroup takes."""
+        return self.key_blocks // self.groups
 
     @property
     def threads(self) -> int:

@@ -170,6 +170,32 @@ def test_chunks_in_parallel_for_every_gate(kind, shape, dtype):
 
 
 @pytest.mark.parametrize(("b", "t", "kernels"), [(8, 2048, 2), pytest.param(1, 16384, 3, marks=pytest.mark.exhaustive)])
+def of_one_block(k, v):
+    """The tuning with all chunks of a head in one block, one after the other."""
+    config = choose_backward(k, v, jnp.dtype("bfloat16"))
+    return dataclasses.replace(config, in_chunks=dataclasses.replace(config.in_chunks, blocks=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("late", (1, 400, 1, 1, 136, 136)),
+        *(
+            pytest.param(kind, shape, marks=pytest.mark.exhaustive)
+            for kind, shape in (
+                ("mild", (1, 400, 1, 1, 200, 200)),
+                ("mild", (1, 300, 1, 1, 40, 200)),
+                ("mixed", (1, 300, 1, 1, 128, 192)),
+                ("resets", (1, 500, 1, 1, 136, 320)),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_chunks_one_after_the_other(kind, shape):
+    check(functools.partial(interpreted, config=of_one_block(*shape[4:])), kind, *shape)
+
+
 def test_chunks_in_parallel_lower(b, t, kernels):
     """In one kernel after another that walks both ways; of few long sequences it walks parts first."""
     keys, values = (jax.ShapeDtypeStruct((b, t, 4, n), "bfloat16") for n in (256, 512))
