@@ -243,7 +243,8 @@ def fsdp(arguments: argparse.Namespace) -> Case:
     }
     found = yield from rates(configs, arguments.repeats)
     each = {gpus: row["tokens_per_s_a_gpu"] for gpus, row in found.items() if "error" not in row}
-    return {"gpus": found, "efficiency": {gpus: x / each[min(each)] for gpus, x in each.items()}}
+    efficiency = {gpus: x / each[min(each)] for gpus, x in each.items()}
+    return {"remat": arguments.remat, "gpus": found, "efficiency": efficiency}
 
 
 def long(arguments: argparse.Namespace) -> Case:
@@ -258,7 +259,7 @@ def long(arguments: argparse.Namespace) -> Case:
             loss_parts=max(1, each // 4096),
             optimizer="adamw",
         )
-    return {"gpus": gpus, "tokens": (yield from rates(configs, max(1, arguments.repeats // 4)))}
+    return {"remat": "full", "gpus": gpus, "tokens": (yield from rates(configs, max(1, arguments.repeats // 4)))}
 
 
 def restore(arguments: argparse.Namespace) -> Case:
@@ -398,7 +399,6 @@ def main() -> None:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": device,
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-            "remat": arguments.remat,
             **found,
         }
         text = json.dumps(record, indent=1)

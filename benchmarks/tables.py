@@ -232,6 +232,73 @@ def train_table() -> str:
     return "\n".join(lines)
 
 
+def cluster_table() -> str:
+    """What was seen on several GPUs, and of the training loop on one."""
+    lines = []
+
+    def begin(record: dict, *columns: str) -> None:
+        lines.extend(
+            [f"`{record['command']}`, {record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}:", ""]
+        )
+        lines.extend([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"])
+
+    for _, record in records("cluster fsdp"):
+        begin(
+            record,
+            "fsdp on GPUs",
+            "parameters",
+            "rows a GPU",
+            "step, ms",
+            "tokens/s a GPU",
+            "efficiency",
+            "memory a GPU",
+        )
+        for gpus, row in record["gpus"].items():
+            rows, step = f"{row['batch'] // int(gpus)} x {row['length']}", 1e3 * float(np.median(row["step_s"]))
+            numbers = f"{row['tokens_per_s_a_gpu']:,.0f} | {record['efficiency'][gpus]:.3f} | {row['memory_gb']} GB"
+            lines.append(f"| {gpus} | {row['parameters']:,} | {rows} | {step:.1f} | {numbers} |")
+        lines += ["", f"remat {record['remat']}.", ""]
+    for _, record in records("cluster op"):
+        columns = (
+            "forward, ms",
+            "with the backward, ms",
+            "exchange by itself, ms",
+            "forward / one GPU's",
+            "both / one GPU's",
+        )
+        begin(record, "the op on GPUs", "exchange", *columns)
+        for gpus, rows in record["milliseconds"].items():
+            for exchange, row in rows.items():
+                ratio = record.get("against_one", {}).get(gpus, {}).get(exchange, {})
+                found = [row.get(name) for name in ("forward", "forward_backward", "exchange")]
+                found += [ratio.get(name) for name in ("forward", "forward_backward")]
+                numbers = " | ".join("-" if x is None else f"{x:.3f}" for x in found)
+                lines.append(f"| {gpus} | {exchange if int(gpus) > 1 else '-'} | {numbers} |")
+        sizes = (
+            f"{record['tokens_a_gpu']} tokens a GPU, {record['h']} heads, k {record['k']}, v {record['v']}, bfloat16"
+        )
+        errors = ((f"{x:.1e}", name) for row in record["errors"].values() for name, x in row.items())
+        largest, name = max(errors, key=lambda x: float(x[0]))
+        lines += ["", f"{sizes}. RMS error against plain JAX on one device: at most {largest} ({name}).", ""]
+    for _, record in records("cluster long"):
+        begin(record, "tokens of one sequence", "GPUs", "parameters", "step, s", "tokens/s", "memory a GPU", "losses")
+        for tokens, row in record["tokens"].items():
+            numbers = f"{np.median(row['step_s']):.2f} | {row['tokens_per_s']:,.0f} | {row['memory_gb']} GB"
+            losses = ", ".join(f"{x:.2f}" for x in row["losses"])
+            lines.append(f"| {int(tokens):,} | {record['gpus']} | {row['parameters']:,} | {numbers} | {losses} |")
+        lines += ["", f"remat {record['remat']}.", ""]
+    for _, record in records("cluster restore"):
+        begin(record, f"saved on {record['saved_on']} GPUs", "the next step's loss")
+        lines += [f"| {how} | {loss:.5f} |" for how, loss in record["loss_of_the_next_step"].items()] + [""]
+    for _, record in records("cluster data"):
+        begin(
+            record, "`gla-jax train`, tokens/s", "the bare step's", "ratio", "wait for data a step, ms", "of the time"
+        )
+        speeds = f"{record['tokens_per_s']:,} | {record['bare_tokens_per_s']:,.0f} | {record['against_bare']:.4f}"
+        lines += [f"| {speeds} | {record['data_wait_ms']:.2f} | {100 * record['data_wait_share']:.2f} % |", ""]
+    return "\n".join(lines) or "Not run yet.\n"
+
+
 def parity_table() -> str:
     """How far logits are from the peers' own, by family."""
     lines = []
@@ -278,6 +345,7 @@ TABLES = {
     "forward": forward_table,
     "backward": backward_table,
     "decoding": decode_table,
+    "cluster": cluster_table,
     "mqar": recall_table,
     "ladder": lambda: experiment_table("ladder"),
     "extrapolation": extrapolation_table,

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
 from gla_jax import checks, pallas, segments
@@ -194,12 +195,15 @@ def _in_kernels(how, name, scale, q, k, v, g, given):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward_in_kernels(how, scale, q, k, v, g, given):
     found = []
+    turned = lambda state: None if state is None else jnp.swapaxes(state, 2, 3)
 
     def enter(decay, own):
         # A kernel's results vary over no axis of a shard_map, whatever its arguments do.
         decay, own, _ = vary_alike((decay, own, q))
-        entering = _entering(how, decay, own, given)
-        found.extend((decay * entering + own, entering))
+        entering = _entering(how, decay, own, turned(given))
+        # XLA would else turn the states of all parts that it is made of, each in a kernel.
+        entering = with_layout_constraint(entering, Layout(major_to_minor=(0, 1, 2, 3)))
+        found.extend(map(turned, (decay * entering + own, entering)))
         return entering
 
     o, _ = pallas.forward(q, k, v, g, scale, enter)
@@ -283,7 +287,10 @@ def _decayed(decay: Array | None, state: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _exchange(how: Pieces, decay: Array | None, own: Array) -> Array:
-    """The state that enters each piece [b, hk, k, v], from every piece's own and its decay."""
+    """The state that enters each piece, from every piece's own and its decay.
+
+    States are [b, hk, k, v] and decays [b, hk, k or 1, 1]; or with the last two axes the other way round.
+    """
     if how.exchange == "all_gather" or (how.exchange is None and how.size <= FEW):
         return _by_all_gather(how, decay, own)
     return _by_all_to_all(how, decay, own)
@@ -321,10 +328,12 @@ def _by_all_gather(how, decay, own):
 
 def _by_all_to_all(how, decay, own):
     """Each device goes through all pieces for its share of the value columns."""
-    columns = own.shape[-1]
+    axis = 3 if decay is None or decay.shape[3] == 1 else 2
+    before, columns, after = own.shape[:axis], own.shape[axis], own.shape[axis + 1 :]
     share = -(-columns // how.size)
-    own = jnp.pad(own, ((0, 0),) * 3 + ((0, share * how.size - columns),)).reshape(*own.shape[:3], how.size, share)
-    pieces = how.in_order(jax.lax.all_to_all(own, how.axis, split_axis=3, concat_axis=0))
+    pad = [(0, share * how.size - columns if i == axis else 0) for i in range(4)]
+    own = jnp.pad(own, pad).reshape(*before, how.size, share, *after)
+    pieces = how.in_order(jax.lax.all_to_all(own, how.axis, split_axis=axis, concat_axis=0))
     decays = None if decay is None else how.in_order(jax.lax.all_gather(decay, how.axis))
 
     def step(state, x):
@@ -332,5 +341,5 @@ def _by_all_to_all(how, decay, own):
         return _decayed(decay, state) + own, state
 
     _, entering = jax.lax.scan(step, jnp.zeros_like(pieces[0]), (pieces, decays), unroll=min(how.size, 8))
-    entering = jax.lax.all_to_all(how.in_order(entering), how.axis, split_axis=0, concat_axis=3)
-    return entering.reshape(*entering.shape[:3], -1)[..., :columns]
+    entering = jax.lax.all_to_all(how.in_order(entering), how.axis, split_axis=0, concat_axis=axis)
+    return jax.lax.slice_in_dim(entering.reshape(*before, -1, *after), 0, columns, axis=axis)

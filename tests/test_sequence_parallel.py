@@ -226,8 +226,9 @@ def test_the_exchange_inside_of_kernels(exchange, states, monkeypatch):
     def forward(q, k, v, g, scale, enter):
         zeros = jnp.zeros((q.shape[0], *k.shape[2:], v.shape[3]))
         zeros, *_ = vary_alike((zeros, q))
-        decay = jnp.exp(jnp.sum(g.astype(jnp.float32), 1))[..., None]
-        return plain(q, k, v, g, scale, enter(decay, plain(q, k, v, g, scale, zeros)[1]))
+        decay, turned = jnp.exp(jnp.sum(g.astype(jnp.float32), 1))[:, :, None], lambda x: jnp.swapaxes(x, 2, 3)
+        state = turned(enter(decay, turned(plain(q, k, v, g, scale, zeros)[1])))
+        return plain(q, k, v, g, scale, state)
 
     def backward(q, k, v, g, scale, state, do, enter):
         _, pull = jax.vjp(lambda *x: plain(*x[:4], scale, x[4]), q, k, v, g, state)

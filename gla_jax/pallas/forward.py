@@ -74,7 +74,8 @@ def forward(
         decay. A float32 gate a channel is given to the kernel as a sum of two of q's dtype.
       scale: factor of o.
       initial_state: [b, hk, k, v] float32 before the first token; zeros if None. Or a function that makes it of what
-        these tokens do to a state, S -> decay S + own, with decay [b, hk, k, 1] and own [b, hk, k, v] in float32.
+        these tokens do to a state, S -> decay S + own, all three transposed as the second pass has them: float32 decay
+        [b, hk, 1, k], own [b, hk, v, k] and result [b, hk, v, k].
       output_final_state: whether to return the state after the last token.
       config: the tuning, of two passes for a function; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
@@ -97,12 +98,15 @@ def forward(
     g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if gate_parts else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
-    padded = lambda state: _pad(state, widths[0], widths[1], axes=(2, 3))
     if callable(initial_state):
         enter = initial_state
-        initial_state = lambda decay, own: padded(enter(decay[:, :, :key_size], own[:, :, :key_size, :value_size]))
+
+        def initial_state(decay, own):
+            state = enter(decay[..., :key_size], own[:, :, :value_size, :key_size])
+            return _pad(state, widths[1], widths[0], axes=(2, 3))
+
     elif initial_state is not None:
-        initial_state = padded(initial_state)
+        initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
     run = _one_pass if one_pass else _two_passes
     o, state = run(q, k, v, g, scale, initial_state, output_final_state, config, chunks, gate_parts, interpret)
     return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size]
@@ -204,10 +208,12 @@ def _two_passes(q, k, v, g, scale, initial_state, output_final_state, configs, c
         (added,) = run(False, None, True)
         decay = gated[3][:, :: heads // kv_heads, : splits * each].reshape(batch, kv_heads, splits, each, 1, key_size)
         decay = jnp.prod(decay, axis=3)
+    initial = None
     if callable(initial_state):
         own = _states_between(added, decay, None)[-1]
-        initial_state = initial_state(turned(jnp.prod(decay, axis=2)), turned(own[:, :, 0]))
-    initial = None if initial_state is None else turned(initial_state)[:, :, None]
+        initial = initial_state(jnp.prod(decay, axis=2), own[:, :, 0])[:, :, None]
+    elif initial_state is not None:
+        initial = turned(initial_state)[:, :, None]
     if splits > 1:
         initial = jnp.concatenate(_states_between(added, decay, initial)[:-1], axis=2)
     o, *final = run(True, initial, output_final_state)

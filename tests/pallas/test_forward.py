@@ -78,8 +78,8 @@ def test_an_initial_state_made_of_what_the_tokens_do(splits):
     found = []
 
     def enter(decay, own):
-        found.extend((decay, own))
-        return state
+        found.extend(jnp.swapaxes(x, 2, 3) for x in (decay, own))
+        return jnp.swapaxes(state, 2, 3)
 
     config = gate, dataclasses.replace(scan, splits=splits)
     o, final = interpreted(q, key, value, g, k**-0.5, enter, True, config=config)

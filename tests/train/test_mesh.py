@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from gla_jax.nn import sharding
 from gla_jax.train import InputError, load_corpus
 from gla_jax.train.config import MeshConfig
 from gla_jax.train.data import Batch
@@ -21,6 +22,12 @@ STEPS = 20
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
 TELLING = {((2, 2, 2, 1), "explicit"), ((1, 2, 2, 2), "auto"), ((1, 1, 1, 8), "explicit"), ((1, 8, 1, 1), "auto")}
 WIDE = MODEL.replace(hidden_size=64, num_heads=8, mlp_size=64)
+
+
+@pytest.fixture(autouse=True)
+def few_rows_are_many(monkeypatch):
+    """Layers with the same input are one product where the mesh allows it, as with the rows of a real batch."""
+    monkeypatch.setattr(sharding, "MANY_ROWS", 64)
 
 
 def config_of(shape, axes="auto", **changes):
