@@ -1,6 +1,7 @@
 """The command `gla-jax`: reads flags, calls the library, prints."""
 
 import dataclasses
+import functools
 import logging
 import math
 import runpy
@@ -9,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 try:
@@ -21,6 +23,7 @@ try:
     from gla_jax.train.bench import BenchTrainConfig, bench_train
     from gla_jax.train.corpus import DOCUMENT
     from gla_jax.train.processes import is_first
+    from gla_jax.train.run_folder import TOKENIZER
     from gla_jax.train.sampling import run_tokenizer
 except ModuleNotFoundError as error:
     raise SystemExit(f"gla-jax: {error.name} is missing; install the extra that trains: gla_jax[train]") from None
@@ -166,7 +169,10 @@ def _convert(config: ConvertConfig) -> None:
         raise InputError(f"argument TARGET: {config.target} must be a new or empty folder")
     if _is_run(config.source):
         model: Any = load_model(config.source)
-        interop.save_pretrained(model, config.target, dtype=config.dtype, end_of_text=DOCUMENT)
+        _, end = _tokens_of(config.source)
+        interop.save_pretrained(model, config.target, dtype=config.dtype, end_of_text=end)
+        if (config.source / TOKENIZER).exists():
+            shutil.copyfile(config.source / TOKENIZER, config.target / TOKENIZER)
     else:
         interop.convert(config.source, config.target, dtype=config.dtype)
     print(f"written: {config.target}")
@@ -179,7 +185,7 @@ def _eval(config: EvalConfig) -> None:
         if value < least:
             raise InputError(f"argument --{name}: must be at least {least}, got {value}")
     if _is_run(config.model):
-        model, tokenizer, end = load_model(config.model), interop.ByteTokenizer(), DOCUMENT
+        model, (tokenizer, end) = load_model(config.model), _tokens_of(config.model)
     else:
         model, tokenizer = interop.load_pretrained(config.model), interop.load_tokenizer(config.model)
         end = interop.end_of_text(config.model)
@@ -224,6 +230,14 @@ def _bench(config: BenchConfig) -> None:
 
 def _is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
+
+
+def _tokens_of(run: Path) -> tuple[Any, int]:
+    """A run's tokenizer, as it was trained with, and the token that ends its texts."""
+    if (tokenizer := run_tokenizer(run)) is None:
+        return interop.ByteTokenizer(), DOCUMENT
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    return SimpleNamespace(encode=encode, decode=tokenizer.decode), tokenizer.get_vocab_size(with_added_tokens=True)
 
 
 def _print_stream(pieces: Any) -> None:

@@ -52,7 +52,7 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
         for name in sorted(set(weight_map.values())):
             if Path(name).name != name or not (folder / name).is_file():
                 raise CheckpointError(f"{folder / INDEX}: names the shard {name!r}, which is not in its folder")
-            found |= _open(folder / name)
+            found |= {key: x for key, x in _open(folder / name).items() if weight_map.get(key, name) == name}
         if missing := sorted(weight_map.keys() - found.keys()):
             raise CheckpointError(f"{folder / INDEX}: no shard holds {brief(missing)}")
         return found

@@ -109,3 +109,11 @@ def test_an_index_names_only_what_is_beside_it(tmp_path):
     index.write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         open_checkpoint(tmp_path)
+
+
+def test_an_array_is_of_the_shard_that_the_index_names(tmp_path):
+    for i, name in enumerate("st"):
+        write(tmp_path / f"{name}.safetensors", {"a": np.full(1, i, np.float32), name: np.zeros(1, np.float32)})
+    weight_map = {"a": "s.safetensors", "s": "s.safetensors", "t": "t.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert open_checkpoint(tmp_path)["a"].read() == 0
