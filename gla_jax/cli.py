@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal
 
 try:
     import tyro
+    from flax import nnx
 
     from gla_jax import interop
-    from gla_jax.nn import CausalLMConfig
+    from gla_jax.interop.text import text_after
+    from gla_jax.nn import CausalLM, CausalLMConfig
     from gla_jax.nn.config import MIXERS
     from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
     from gla_jax.train.bench import BenchTrainConfig, bench_train
@@ -191,10 +193,12 @@ def _eval(config: EvalConfig) -> None:
         end = interop.end_of_text(config.model)
     if config.text is not None:
         try:
-            ids = tokenizer.encode(config.text.read_text(encoding="utf-8")).ids
+            ids = text_after(tokenizer, config.text.read_text(encoding="utf-8"), end)
         except UnicodeDecodeError:
             raise InputError(f"argument --text: {config.text} is not UTF-8 text") from None
-        for x in interop.perplexity_by_place(model, [[end, *ids]], block=config.block, bucket=config.bucket):
+        if len(ids) < 2:
+            raise InputError(f"argument --text: {config.text} must have at least one token, got none")
+        for x in interop.perplexity_by_place(model, [ids], block=config.block, bucket=config.bucket):
             bits = x.loss / math.log(2)
             print(
                 f"places {x.start} to {x.stop - 1}: perplexity {x.perplexity:.4f}, {bits:.4f} bits, {x.tokens} tokens"
@@ -276,6 +280,10 @@ def _parse(arguments: list[str], about: str) -> Any:
     if model is not None and isinstance(config, TrainConfig):
         fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
         config = dataclasses.replace(config, model=CausalLMConfig(**fields))
+        try:  # what the layer's options and the width do not allow together
+            nnx.eval_shape(lambda: CausalLM(config.model, rngs=nnx.Rngs(0)))
+        except ValueError as error:
+            raise InputError(f"argument --model.mixer: {error}") from None
     return config
 
 

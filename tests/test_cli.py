@@ -34,6 +34,10 @@ def test_train_then_sample(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "--data", "/nothing"], "argument --data: /nothing does not exist; give a text or .jsonl file"),
+        (
+            ["train", "--model.mixer=retnet", "--model.mixer.num-heads=3"],
+            "argument --model.mixer: expand_k: hidden_size * expand_k = 128 * 1.0 must be a multiple of num_heads = 3",
+        ),
         (["sample", "/nothing"], "argument RUN: /nothing has no config.json; give a folder that `gla-jax train` made"),
     ],
 )

@@ -83,7 +83,8 @@ def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
             if common["mlp_size"] is None:
                 common["mlp_size"] = mlp_width(common["hidden_size"], x.get("hidden_ratio", default=4))
         if "mixer" in made and (hybrid := x.get("attn")) is not None:
-            made["mixer"] = _with_attention(made["mixer"], hybrid, common["num_layers"])
+            kept = x.get("max_position_embeddings", default=2048)
+            made["mixer"] = _with_attention(made["mixer"], hybrid, common["num_layers"], kept)
         config: Any = CausalLMConfig if "mixer" in made else GLAConfig
         return Foreign(config(**common, **made), dialect)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -124,6 +125,8 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
         fields["norm_eps"] = config.norm_eps  # flash-linear-attention's name for the same
     if recurrent and len(recurrent) < len(mixers):
         fields["attn"] = _hybrid_to_json(config)
+        attending = (m for m in mixers if isinstance(m, SoftmaxAttentionConfig))
+        fields["max_position_embeddings"] = max(m.cache_size for m in attending)
     wrong = {
         "norm": config.norms != ("layer" if dialect == "rwkv6" else "rms"),
         "embed_norm": config.norms_embedding and dialect != "rwkv6",
@@ -135,7 +138,7 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
     return fields, dialect
 
 
-def _with_attention(mixer: MixerConfig, hybrid: Any, layers: int) -> Any:
+def _with_attention(mixer: MixerConfig, hybrid: Any, layers: int, cache_size: int) -> Any:
     """The shortest pattern with softmax attention in the layers that fla's `attn` lists."""
     pattern: list[MixerConfig] = [mixer] * layers
     for spec in hybrid if isinstance(hybrid, list) else [hybrid]:
@@ -150,6 +153,7 @@ def _with_attention(mixer: MixerConfig, hybrid: Any, layers: int) -> Any:
             num_kv_heads=spec.get("num_kv_heads"),
             qkv_bias=spec.get("qkv_bias") or False,
             window=spec.get("window_size"),
+            cache_size=cache_size,
             rope_theta=float(spec.get("rope_theta") or 10000.0),
         )
         for layer in spec["layers"]:

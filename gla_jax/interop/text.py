@@ -57,6 +57,12 @@ def load_tokenizer(folder: Path | str) -> Any:
         raise CheckpointError(f"{path}: is not a tokenizer's ({error})") from None
 
 
+def text_after(tokenizer: Tokenizer, text: str, end_of_text: int) -> list[int]:
+    """A text's tokens with one before them: the tokenizer's own first token of every text, or else end_of_text."""
+    ids, own = list(tokenizer.encode(text).ids), list(tokenizer.encode("").ids)
+    return ids if own and ids[:1] == own[:1] else [end_of_text, *ids]
+
+
 def stream_text(
     model: nnx.Module, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options: Any
 ) -> Iterator[str]:

@@ -86,7 +86,7 @@ def checked_prompt(prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array
 def check_state(name: str, model: Any, state: PromptState, batch: int | None = None) -> None:
     """A ValueError unless the state is of a model like this one, and of so many rows."""
     rows = state.logits.shape[0] if batch is None else batch
-    logits = jax.ShapeDtypeStruct((rows, model.config.vocab_size), jnp.float32)
+    logits: Any = jax.ShapeDtypeStruct((rows, model.config.vocab_size), jnp.float32)
     ours, theirs = map(_named, (PromptState(logits, jax.eval_shape(lambda: model.init_cache(rows))), state))
     for key in sorted(ours.keys() | theirs.keys()):
         want, got = (list(x[key].shape) if key in x else "absent" for x in (ours, theirs))

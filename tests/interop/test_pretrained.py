@@ -11,6 +11,7 @@ from flax import nnx
 
 from gla_jax.files import Tensor, open_checkpoint
 from gla_jax.interop import CheckpointError, load_pretrained, save_pretrained
+from gla_jax.interop.configs import from_json, to_json
 from gla_jax.interop.pretrained import _with_split_mlp
 from gla_jax.nn import (
     CausalLMConfig,
@@ -235,3 +236,9 @@ def test_options_that_do_not_fit_the_width_are_the_checkpoint_s_error(copy):
 def test_an_mlp_in_one_of_an_odd_number_of_rows_is_refused():
     name = "model.layers.0.mlp.gate_proj.weight"
     assert _with_split_mlp({name: Tensor(None, name, "float32", (9, 4))})[name].shape == (9, 4)
+
+
+def test_a_pattern_keeps_as_many_tokens_as_its_config_says():
+    mixer = (GatedLinearAttentionConfig(num_heads=2), SoftmaxAttentionConfig(num_heads=2, cache_size=64))
+    config = CausalLMConfig(mixer=mixer, vocab_size=24, hidden_size=32, num_layers=4, mlp_size=24)
+    assert from_json(to_json(config)[0]).config.mixers[1].cache_size == 64

@@ -4,7 +4,7 @@ import pytest
 
 from gla_jax.files import CheckpointError
 from gla_jax.interop import load_tokenizer, stream_text
-from gla_jax.interop.text import _pieces
+from gla_jax.interop.text import _pieces, text_after
 from tests.nn.family import CONFIGS
 from tests.nn.options import build
 
@@ -112,3 +112,12 @@ def test_a_prompt_whose_last_tokens_begin_within_a_character():
                 return "\ufffd" * len(ids)
 
     assert "".join(pieces(Fallback(), "日本語", "日 x")) == "日 x"
+
+
+def test_a_text_stands_after_one_token():
+    class Beginning(Bytes):
+        def encode(self, text):
+            return Ids([256, *text.encode()])
+
+    assert text_after(Bytes(), "a", 255) == [255, 97]
+    assert text_after(Beginning(), "a", 255) == [256, 97]
