@@ -54,8 +54,8 @@ def generate(
       num_samples: continuations of each prompt, which is read once; its state is copied. Row i * num_samples + j of the
         result is the j-th of prompt i.
       stop_tokens: a row ends with the first of these; the rest of the row repeats it.
-      prefill_chunk: tokens read at a time, at least 1. Of chunks before its own, softmax attention without a window sees
-        the newest cache_size tokens alone.
+      prefill_chunk: tokens read at a time, at least 1. Of chunks before its own, softmax attention without a window
+        sees the newest cache_size tokens alone.
 
     Returns:
       [b * num_samples, max_new_tokens] int32: the new tokens, without the prompt.
