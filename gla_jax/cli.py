@@ -1,6 +1,7 @@
 """The command `gla-jax`: reads flags, calls the library, prints."""
 
 import dataclasses
+import functools
 import logging
 import math
 import runpy
@@ -9,18 +10,22 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 try:
     import tyro
+    from flax import nnx
 
     from gla_jax import interop
-    from gla_jax.nn import CausalLMConfig
+    from gla_jax.interop.text import text_after
+    from gla_jax.nn import CausalLM, CausalLMConfig
     from gla_jax.nn.config import MIXERS
     from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
     from gla_jax.train.bench import BenchTrainConfig, bench_train
     from gla_jax.train.corpus import DOCUMENT
     from gla_jax.train.processes import is_first
+    from gla_jax.train.run_folder import TOKENIZER
     from gla_jax.train.sampling import run_tokenizer
 except ModuleNotFoundError as error:
     raise SystemExit(f"gla-jax: {error.name} is missing; install the extra that trains: gla_jax[train]") from None
@@ -166,7 +171,10 @@ def _convert(config: ConvertConfig) -> None:
         raise InputError(f"argument TARGET: {config.target} must be a new or empty folder")
     if _is_run(config.source):
         model: Any = load_model(config.source)
-        interop.save_pretrained(model, config.target, dtype=config.dtype, end_of_text=DOCUMENT)
+        _, end = _tokens_of(config.source)
+        interop.save_pretrained(model, config.target, dtype=config.dtype, end_of_text=end)
+        if (config.source / TOKENIZER).exists():
+            shutil.copyfile(config.source / TOKENIZER, config.target / TOKENIZER)
     else:
         interop.convert(config.source, config.target, dtype=config.dtype)
     print(f"written: {config.target}")
@@ -179,16 +187,18 @@ def _eval(config: EvalConfig) -> None:
         if value < least:
             raise InputError(f"argument --{name}: must be at least {least}, got {value}")
     if _is_run(config.model):
-        model, tokenizer, end = load_model(config.model), interop.ByteTokenizer(), DOCUMENT
+        model, (tokenizer, end) = load_model(config.model), _tokens_of(config.model)
     else:
         model, tokenizer = interop.load_pretrained(config.model), interop.load_tokenizer(config.model)
         end = interop.end_of_text(config.model)
     if config.text is not None:
         try:
-            ids = tokenizer.encode(config.text.read_text(encoding="utf-8")).ids
+            ids = text_after(tokenizer, config.text.read_text(encoding="utf-8"), end)
         except UnicodeDecodeError:
             raise InputError(f"argument --text: {config.text} is not UTF-8 text") from None
-        for x in interop.perplexity_by_place(model, [[end, *ids]], block=config.block, bucket=config.bucket):
+        if len(ids) < 2:
+            raise InputError(f"argument --text: {config.text} must have at least one token, got none")
+        for x in interop.perplexity_by_place(model, [ids], block=config.block, bucket=config.bucket):
             bits = x.loss / math.log(2)
             print(
                 f"places {x.start} to {x.stop - 1}: perplexity {x.perplexity:.4f}, {bits:.4f} bits, {x.tokens} tokens"
@@ -224,6 +234,14 @@ def _bench(config: BenchConfig) -> None:
 
 def _is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
+
+
+def _tokens_of(run: Path) -> tuple[Any, int]:
+    """A run's tokenizer, as it was trained with, and the token that ends its texts."""
+    if (tokenizer := run_tokenizer(run)) is None:
+        return interop.ByteTokenizer(), DOCUMENT
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    return SimpleNamespace(encode=encode, decode=tokenizer.decode), tokenizer.get_vocab_size(with_added_tokens=True)
 
 
 def _print_stream(pieces: Any) -> None:
@@ -262,6 +280,10 @@ def _parse(arguments: list[str], about: str) -> Any:
     if model is not None and isinstance(config, TrainConfig):
         fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
         config = dataclasses.replace(config, model=CausalLMConfig(**fields))
+        try:  # what the layer's options and the width do not allow together
+            nnx.eval_shape(lambda: CausalLM(config.model, rngs=nnx.Rngs(0)))
+        except ValueError as error:
+            raise InputError(f"argument --model.mixer: {error}") from None
     return config
 
 

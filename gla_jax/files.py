@@ -52,7 +52,7 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
         for name in sorted(set(weight_map.values())):
             if Path(name).name != name or not (folder / name).is_file():
                 raise CheckpointError(f"{folder / INDEX}: names the shard {name!r}, which is not in its folder")
-            found |= _open(folder / name)
+            found |= {key: x for key, x in _open(folder / name).items() if weight_map.get(key, name) == name}
         if missing := sorted(weight_map.keys() - found.keys()):
             raise CheckpointError(f"{folder / INDEX}: no shard holds {brief(missing)}")
         return found
@@ -74,6 +74,7 @@ def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray], shard_bytes:
     folder.mkdir(parents=True, exist_ok=True)
     if len(shards) == 1:
         write(folder / SINGLE, shards[0])
+        (folder / INDEX).unlink(missing_ok=True)  # of an older checkpoint: it would be read first
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -83,13 +84,17 @@ def save_checkpoint(folder: Path, arrays: Mapping[str, np.ndarray], shard_bytes:
     total = sum(array.nbytes for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / SINGLE).unlink(missing_ok=True)
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays to one file, which appears when it is whole."""
     fresh = path.with_suffix(".tmp")
     # What safetensors writes is the memory that an array begins in: of a transposed one, the wrong order.
-    save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, fresh, metadata={"format": "pt"})
+    try:
+        save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, fresh, metadata={"format": "pt"})
+    except SafetensorError as error:  # no such folder, or no room
+        raise OSError(f"{path}: cannot be written ({' '.join(str(error).split())[:200]})") from None
     fresh.replace(path)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from gla_jax import cli
 from gla_jax.interop import load_pretrained, perplexity_by_place
+from gla_jax.train.corpus import DOCUMENT
 
 SMALL = [
     *("--batch=8", "--length=32", "--steps=3", "--eval-every=3", "--sample=8"),
@@ -33,6 +34,10 @@ def test_train_then_sample(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "--data", "/nothing"], "argument --data: /nothing does not exist; give a text or .jsonl file"),
+        (
+            ["train", "--model.mixer=retnet", "--model.mixer.num-heads=3"],
+            "argument --model.mixer: expand_k: hidden_size * expand_k = 128 * 1.0 must be a multiple of num_heads = 3",
+        ),
         (["sample", "/nothing"], "argument RUN: /nothing has no config.json; give a folder that `gla-jax train` made"),
     ],
 )
@@ -116,3 +121,16 @@ def test_a_run_is_converted_and_both_score_the_same(tmp_path, capsys):
 def test_errors_of_convert_and_eval_are_one_line(arguments, message, capsys):
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == f"gla-jax: {message}\n"
+
+
+def test_a_run_is_scored_by_the_tokenizer_that_it_was_trained_with(tmp_path):
+    assert cli._tokens_of(tmp_path)[1] == DOCUMENT
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra gla_jax[hub] is not installed")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"be": 0, "or": 1, "<s>": 2}, unk_token="<s>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, end = cli._tokens_of(tmp_path)
+    assert tokenizer.encode("be or be").ids == [0, 1, 0]
+    assert tokenizer.decode([0, 1]) == "be or"
+    assert end == 3

@@ -109,3 +109,24 @@ def test_an_index_names_only_what_is_beside_it(tmp_path):
     index.write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         open_checkpoint(tmp_path)
+
+
+def test_an_array_is_of_the_shard_that_the_index_names(tmp_path):
+    for i, name in enumerate("st"):
+        write(tmp_path / f"{name}.safetensors", {"a": np.full(1, i, np.float32), name: np.zeros(1, np.float32)})
+    weight_map = {"a": "s.safetensors", "s": "s.safetensors", "t": "t.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert open_checkpoint(tmp_path)["a"].read() == 0
+
+
+def test_a_checkpoint_takes_the_place_of_an_older_one(tmp_path):
+    for value, shard_bytes in ((1, 4), (2, 100), (3, 4)):
+        arrays = {name: np.full(1, value, np.float32) for name in "ab"}
+        save_checkpoint(tmp_path, arrays, shard_bytes)
+        assert open_checkpoint(tmp_path)["a"].read() == value
+        assert (tmp_path / "model.safetensors").exists() == (shard_bytes == 100)
+
+
+def test_what_cannot_be_written_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match=r"x.safetensors: cannot be written"):
+        write(tmp_path / "gone" / "x.safetensors", {"a": np.zeros(1, np.float32)})

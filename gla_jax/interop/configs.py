@@ -61,8 +61,9 @@ def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
     """
     x = _Fields(fields)
     kind = x.need("model_type")
-    if kind not in _READ:
-        raise CheckpointError(f"config.json: model_type must be one of {', '.join(sorted(_READ))}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in _READ or kind == "official":
+        kinds = ", ".join(sorted(_READ.keys() - {"official"}))
+        raise CheckpointError(f"config.json: model_type must be one of {kinds}, got {kind!r}")
     if kind == "gla" and "d_model" in fields:
         kind = "official"
     x.only("attnres_block_size", None)
@@ -82,10 +83,11 @@ def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
             if common["mlp_size"] is None:
                 common["mlp_size"] = mlp_width(common["hidden_size"], x.get("hidden_ratio", default=4))
         if "mixer" in made and (hybrid := x.get("attn")) is not None:
-            made["mixer"] = _with_attention(made["mixer"], hybrid, common["num_layers"])
+            kept = x.get("max_position_embeddings", default=2048)
+            made["mixer"] = _with_attention(made["mixer"], hybrid, common["num_layers"], kept)
         config: Any = CausalLMConfig if "mixer" in made else GLAConfig
         return Foreign(config(**common, **made), dialect)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"config.json: {error}") from None
@@ -100,7 +102,7 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
     mixers = config.mixers
     recurrent = [m for m in mixers if not isinstance(m, SoftmaxAttentionConfig)]
     first = recurrent[0] if recurrent else mixers[0]
-    if len({type(m) for m in mixers}) > 2 or any(m != first for m in recurrent):
+    if len({type(m) for m in mixers}) > 2 or any(m != first for m in recurrent or mixers):
         raise CheckpointError("mixer: checkpoints there have one kind of layer, and softmax attention beside it")
     write = next((w for kind, w in _WRITE.items() if isinstance(first, kind)), None)
     if write is None:
@@ -123,6 +125,8 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
         fields["norm_eps"] = config.norm_eps  # flash-linear-attention's name for the same
     if recurrent and len(recurrent) < len(mixers):
         fields["attn"] = _hybrid_to_json(config)
+        attending = (m for m in mixers if isinstance(m, SoftmaxAttentionConfig))
+        fields["max_position_embeddings"] = max(m.cache_size for m in attending)
     wrong = {
         "norm": config.norms != ("layer" if dialect == "rwkv6" else "rms"),
         "embed_norm": config.norms_embedding and dialect != "rwkv6",
@@ -134,15 +138,22 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
     return fields, dialect
 
 
-def _with_attention(mixer: MixerConfig, hybrid: Any, layers: int) -> Any:
+def _with_attention(mixer: MixerConfig, hybrid: Any, layers: int, cache_size: int) -> Any:
     """The shortest pattern with softmax attention in the layers that fla's `attn` lists."""
     pattern: list[MixerConfig] = [mixer] * layers
     for spec in hybrid if isinstance(hybrid, list) else [hybrid]:
+        if not isinstance(spec, dict) or not {"layers", "num_heads"} <= spec.keys():
+            raise CheckpointError(f"config.json: attn must have layers and num_heads, got {spec!r}")
+        if not isinstance(spec["layers"], list) or not set(spec["layers"]) <= set(range(layers)):
+            raise CheckpointError(
+                f"config.json: attn's layers must be a list of 0 to {layers - 1}, got {spec['layers']!r}"
+            )
         attention = SoftmaxAttentionConfig(
             num_heads=spec["num_heads"],
             num_kv_heads=spec.get("num_kv_heads"),
             qkv_bias=spec.get("qkv_bias") or False,
             window=spec.get("window_size"),
+            cache_size=cache_size,
             rope_theta=float(spec.get("rope_theta") or 10000.0),
         )
         for layer in spec["layers"]:
@@ -156,6 +167,8 @@ def _hybrid_to_json(config: ModelConfig) -> list[dict[str, Any]]:
     for layer in range(config.num_layers):
         mixer = config.mixers[layer % len(config.mixers)]
         if isinstance(mixer, SoftmaxAttentionConfig):
+            if mixer.head_size not in (None, config.hidden_size // mixer.num_heads):
+                raise CheckpointError("head_size: in a pattern, checkpoints there have hidden_size / num_heads alone")
             specs.setdefault(mixer, []).append(layer)
     return [
         {

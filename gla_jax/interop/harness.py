@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.interop.scoring import continuation_likelihoods
-from gla_jax.interop.text import Tokenizer
+from gla_jax.interop.text import Tokenizer, text_after
 from gla_jax.nn.generate import generate
 
 __all__ = ["Harness", "make_lm", "run_tasks"]
@@ -49,11 +49,12 @@ class Harness:
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """For each request's (text,): its log-likelihood, in windows of max_length tokens that do not overlap.
 
-        A window's first token is predicted from the last one of the window before, the first of all from end_of_text.
+        A window's first token is predicted from the last one of the window before, the first of all from what
+        `text_after` puts there.
         """
         pairs, owners = [], []
         for i, request in enumerate(requests):
-            ids = [self.end_of_text, *self.tokenizer.encode(request.args[0]).ids]
+            ids = text_after(self.tokenizer, request.args[0], self.end_of_text)
             for begin in range(1, len(ids), self.max_length):
                 pairs.append((ids[begin - 1 : begin], ids[begin : begin + self.max_length]))
                 owners.append(i)

@@ -44,7 +44,10 @@ def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
     """
     folder = Path(folder)
     config, dialect = from_json(read_json(folder / "config.json"), **changes)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))
+    try:
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))
+    except ValueError as error:  # what a layer's options and the width do not allow together
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     flat = dict(nnx.to_flat_state(state))
     wanted = places(config, dialect, {path: param.shape for path, param in flat.items()})
     found = _match(folder, wanted, _with_split_mlp(open_checkpoint(folder)), config)
@@ -156,7 +159,8 @@ def _with_split_mlp(there: dict[str, Tensor]) -> dict[str, Tensor]:
     split = {}
     for name, tensor in there.items():
         up = name.replace("mlp.gate_proj", "mlp.up_proj")
-        if name.endswith("mlp.gate_proj.weight") and up not in there and len(tensor.shape) == 2:
+        fused = name.endswith("mlp.gate_proj.weight") and up not in there
+        if fused and len(tensor.shape) == 2 and tensor.shape[0] % 2 == 0:
             width = tensor.shape[0] // 2
             for part, rows in ((name, slice(width)), (up, slice(width, 2 * width))):
                 split[part] = tensor._replace(shape=(width, tensor.shape[1]), rows=rows)

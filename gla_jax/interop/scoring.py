@@ -68,6 +68,13 @@ def token_log_likelihoods(
     return scores, greedy
 
 
+def check_tokens(name: str, model: Any, tokens: np.ndarray) -> None:
+    """A ValueError unless all are tokens of the model."""
+    size = model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= size:
+        raise ValueError(f"{name}: tokens must be from 0 to {size - 1}, got {tokens.min()} to {tokens.max()}")
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(graphdef, params, tokens, segment_ids):
     return token_log_likelihoods(nnx.merge(graphdef, params), tokens, segment_ids)
@@ -91,6 +98,7 @@ def continuation_likelihoods(
         raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
     if any(not context or not continuation for context, continuation in pairs):
         raise ValueError("pairs: contexts and continuations must have at least one token each")
+    check_tokens("pairs", model, np.concatenate([np.asarray(part) for pair in pairs for part in pair] or [[0]]))
     graphdef, params = nnx.split(model)
     found: list[Any] = [None] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
@@ -128,6 +136,7 @@ def perplexity_by_place(
     joined = np.concatenate([np.zeros(0, np.int32), *(np.asarray(document, np.int32) for document in documents)])
     if joined.size < 2:
         raise ValueError(f"documents: must have at least two tokens together, got {joined.size}")
+    check_tokens("documents", model, joined)
     graphdef, params = nnx.split(model)
     places = min(block, joined.size)
     total, count = np.zeros(places), np.zeros(places, np.int64)

@@ -51,7 +51,16 @@ def load_tokenizer(folder: Path | str) -> Any:
         tokenizers = importlib.import_module("tokenizers")
     except ModuleNotFoundError:
         raise CheckpointError("the package tokenizers is missing; install the extra gla_jax[hub]") from None
-    return tokenizers.Tokenizer.from_file(str(path))
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise CheckpointError(f"{path}: is not a tokenizer's ({error})") from None
+
+
+def text_after(tokenizer: Tokenizer, text: str, end_of_text: int) -> list[int]:
+    """A text's tokens with one before them: the tokenizer's own first token of every text, or else end_of_text."""
+    ids, own = list(tokenizer.encode(text).ids), list(tokenizer.encode("").ids)
+    return ids if own and ids[:1] == own[:1] else [end_of_text, *ids]
 
 
 def stream_text(
@@ -78,13 +87,15 @@ def stream_text(
     if options.get("num_samples", 1) != 1:
         raise ValueError(f"num_samples: must be 1 to stream text, got {options['num_samples']}")
     drawn = stream(model, np.asarray([ids], np.int32), max_new_tokens, **options)
-    return _pieces(drawn, tokenizer, ids, frozenset(options.get("stop_tokens", ())))
+    return _pieces(drawn, tokenizer, ids, frozenset(options.get("stop_tokens") or ()))
 
 
 def _pieces(drawn: Iterator[np.ndarray], tokenizer: Tokenizer, ids: list[int], stops: frozenset[int]) -> Iterator[str]:
     # Tokenizers join some tokens by their neighbours (spaces, bytes of one character), so a few already shown are
     # decoded again with the new ones. What ends in U+FFFD may be the first bytes of a character.
     start, shown = max(0, len(ids) - 8), len(ids)
+    while start and "\ufffd" in tokenizer.decode(ids[start:shown]):  # it began within a character
+        start = max(0, start - 8)
     for token in drawn:
         if int(token[0]) in stops:
             break

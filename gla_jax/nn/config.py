@@ -175,6 +175,8 @@ class CausalLMConfig(ModelConfig):
     @classmethod
     def tiny(cls, mixer: str) -> "CausalLMConfig":
         """`GLAConfig.tiny` with another layer, one of `MIXERS`; the rest of a block as that layer's paper has it."""
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer: must be one of {', '.join(MIXERS)}, got {mixer!r}")
         kind, rest = MIXERS[mixer], dict(TINY)
         options = {"num_heads": 2} if "num_heads" in kind.__dataclass_fields__ else {}
         if mixer == "hgrn2":

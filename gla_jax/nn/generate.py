@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from gla_jax.array_types import Array
-from gla_jax.nn.prompt import PromptState, check_count, checked_prompt, is_integer, prefill_in_pieces
+from gla_jax.nn.prompt import PromptState, check_count, check_state, checked_prompt, is_integer, prefill_in_pieces
 
 __all__ = ["generate", "sample", "stream"]
 
@@ -54,7 +54,8 @@ def generate(
       num_samples: continuations of each prompt, which is read once; its state is copied. Row i * num_samples + j of the
         result is the j-th of prompt i.
       stop_tokens: a row ends with the first of these; the rest of the row repeats it.
-      prefill_chunk: tokens read at a time, at least 1.
+      prefill_chunk: tokens read at a time, at least 1. Of chunks before its own, softmax attention without a window
+        sees the newest cache_size tokens alone.
 
     Returns:
       [b * num_samples, max_new_tokens] int32: the new tokens, without the prompt.
@@ -63,6 +64,8 @@ def generate(
       ValueError: naming the argument and what is allowed.
     """
     prompt, lengths = _checked_start(prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
+    if isinstance(prompt, PromptState):
+        check_state("prompt", model, prompt)
     draw, top_k = _checked_draw(key, temperature, top_k, top_p)
     stops = _checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
@@ -90,6 +93,8 @@ def stream(
     Ends after max_new_tokens, or when every row has met a stop token. Raises at the call, as `generate` does.
     """
     prompt, lengths = _checked_start(prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
+    if isinstance(prompt, PromptState):
+        check_state("prompt", model, prompt)
     draw, top_k = _checked_draw(key, temperature, top_k, top_p)
     how = _How(top_k, _checked_stops(stop_tokens), num_samples, prefill_chunk)
     graphdef, params = nnx.split(model)
@@ -181,6 +186,8 @@ def _checked_stops(stop_tokens: Any) -> tuple[int, ...]:
     tokens = np.asarray(() if stop_tokens is None else list(stop_tokens) if np.iterable(stop_tokens) else stop_tokens)
     if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
         raise ValueError(f"stop_tokens: must be a sequence of integers, got {stop_tokens!r}")
+    if tokens.size and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
+        raise ValueError(f"stop_tokens: must be within int32, got {stop_tokens!r}")
     return tuple(tokens.tolist())
 
 

@@ -37,6 +37,8 @@ def read_prompt(
 ) -> PromptState:
     """Read prompts [b, t], after what `state` has read if it is given; arguments and errors as in `generate`."""
     prompt, lengths = checked_prompt(prompt, prompt_lengths, prefill_chunk)
+    if state is not None:
+        check_state("state", model, state, prompt.shape[0])
     graphdef, params = nnx.split(model)
     return _read(graphdef, params, prompt, lengths, None if state is None else state.cache, prefill_chunk)
 
@@ -79,6 +81,17 @@ def checked_prompt(prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array
         if not isinstance(lengths, jax.core.Tracer) and (lengths.min() < 1 or lengths.max() > t):
             raise ValueError(f"prompt_lengths: must be from 1 to t = {t}, got {lengths.tolist()}")
     return prompt.astype(jnp.int32), lengths
+
+
+def check_state(name: str, model: Any, state: PromptState, batch: int | None = None) -> None:
+    """A ValueError unless the state is of a model like this one, and of so many rows."""
+    rows = state.logits.shape[0] if batch is None else batch
+    logits: Any = jax.ShapeDtypeStruct((rows, model.config.vocab_size), jnp.float32)
+    ours, theirs = map(_named, (PromptState(logits, jax.eval_shape(lambda: model.init_cache(rows))), state))
+    for key in sorted(ours.keys() | theirs.keys()):
+        want, got = (list(x[key].shape) if key in x else "absent" for x in (ours, theirs))
+        if want != got:
+            raise ValueError(f"{name}: must be a state of this model, whose {key} is {want}, got {got}")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gla_jax.files import open_checkpoint
+from gla_jax.files import Tensor, open_checkpoint
 from gla_jax.interop import CheckpointError, load_pretrained, save_pretrained
+from gla_jax.interop.configs import from_json, to_json
+from gla_jax.interop.pretrained import _with_split_mlp
 from gla_jax.nn import (
     CausalLMConfig,
+    GatedLinearAttentionConfig,
     GLAConfig,
     LightningAttention,
     SimpleGatedLinearAttention,
@@ -184,6 +187,9 @@ def change(folder: Path, **fields) -> None:
         ({"num_heads": 3}, "config.json: expand_k: hidden_size * expand_k = 32 * 0.5 must be a multiple"),
         ({"attnres_block_size": 2}, "config.json: attnres_block_size must be None here, got 2"),
         ({"feature_map": "exp"}, "config.json: feature_map: must be one of None, relu"),
+        ({"model_type": ["gla"]}, "config.json: model_type must be one of gla, "),
+        ({"attn": {"layers": [1]}}, "config.json: attn must have layers and num_heads, got {'layers': [1]}"),
+        ({"attn": {"layers": [2], "num_heads": 2}}, "config.json: attn's layers must be a list of 0 to 1, got [2]"),
     ],
 )
 def test_a_config_that_we_have_not_is_named(copy, fields, says):
@@ -208,11 +214,31 @@ def test_what_is_missing_too_much_and_of_another_shape_is_listed(copy):
 
 def test_models_that_no_one_else_has_are_not_saved(tmp_path):
     small = {"vocab_size": 24, "hidden_size": 32, "num_layers": 2, "mlp_size": 24}
+    attention, gla = SoftmaxAttentionConfig(num_heads=2), GatedLinearAttentionConfig(num_heads=2)
     for config, says in (
         (GLAConfig(**small, gate_low_rank=4), "gate_low_rank and gate_normalizer have no place in config.json"),
         (CausalLMConfig(mixer=MIXERS["lightning"], **small), "mixer: no checkpoint there has LightningAttention"),
         (CausalLMConfig(mixer=MIXERS["mamba"], **small), "mlp: no mamba checkpoint has 'swiglu'"),
+        (CausalLMConfig(mixer=(attention, attention.replace(window=4)), **small), "mixer: checkpoints there have one"),
+        (CausalLMConfig(mixer=(gla, attention.replace(head_size=8)), **small), "head_size: in a pattern, "),
     ):
         with pytest.raises(CheckpointError) as error:
             save_pretrained(build(config), tmp_path)
         assert str(error.value).startswith(says)
+
+
+def test_options_that_do_not_fit_the_width_are_the_checkpoint_s_error(copy):
+    change(copy, attn={"layers": [1], "num_heads": 3})
+    with pytest.raises(CheckpointError, match=r"config.json: num_heads: must divide hidden_size = 32, got 3$"):
+        load_pretrained(copy)
+
+
+def test_an_mlp_in_one_of_an_odd_number_of_rows_is_refused():
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert _with_split_mlp({name: Tensor(None, name, "float32", (9, 4))})[name].shape == (9, 4)
+
+
+def test_a_pattern_keeps_as_many_tokens_as_its_config_says():
+    mixer = (GatedLinearAttentionConfig(num_heads=2), SoftmaxAttentionConfig(num_heads=2, cache_size=64))
+    config = CausalLMConfig(mixer=mixer, vocab_size=24, hidden_size=32, num_layers=4, mlp_size=24)
+    assert from_json(to_json(config)[0]).config.mixers[1].cache_size == 64

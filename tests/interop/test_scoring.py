@@ -111,3 +111,10 @@ def test_lm_eval_takes_it(model):
     asked = [Instance("loglikelihood", {}, ("to be ", "or"), 0)]
     assert lm.loglikelihood(asked) == Harness(model, Bytes(), 256).loglikelihood(asked)
     assert jax.tree.structure(lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("or",), 0)]))
+
+
+def test_tokens_that_the_model_lacks_are_named(model):
+    with pytest.raises(ValueError, match=r"^documents: tokens must be from 0 to 256, got 1 to 257$"):
+        perplexity_by_place(model, [[1, 257]])
+    with pytest.raises(ValueError, match=r"^pairs: tokens must be from 0 to 256, got -1 to 2$"):
+        continuation_likelihoods(model, [([1], [2, -1])])

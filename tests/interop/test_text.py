@@ -4,7 +4,7 @@ import pytest
 
 from gla_jax.files import CheckpointError
 from gla_jax.interop import load_tokenizer, stream_text
-from gla_jax.interop.text import _pieces
+from gla_jax.interop.text import _pieces, text_after
 from tests.nn.family import CONFIGS
 from tests.nn.options import build
 
@@ -93,3 +93,31 @@ def test_a_tokenizer_of_the_package(tmp_path):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no tokenizer.json$"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_that_is_none(tmp_path):
+    pytest.importorskip("tokenizers", reason="the extra gla_jax[hub] is not installed")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: is not a tokenizer's"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_prompt_whose_last_tokens_begin_within_a_character():
+    # As byte fallback has it: one byte too few, and all that follow each other are U+FFFD.
+    class Fallback(Bytes):
+        def decode(self, ids):
+            try:
+                return bytes(ids).decode()
+            except UnicodeDecodeError:
+                return "\ufffd" * len(ids)
+
+    assert "".join(pieces(Fallback(), "日本語", "日 x")) == "日 x"
+
+
+def test_a_text_stands_after_one_token():
+    class Beginning(Bytes):
+        def encode(self, text):
+            return Ids([256, *text.encode()])
+
+    assert text_after(Bytes(), "a", 255) == [255, 97]
+    assert text_after(Beginning(), "a", 255) == [256, 97]

@@ -95,3 +95,8 @@ def test_a_bad_field_is_named_in_one_line(field, value, says):
         GLAConfig.tiny().replace(**{field: value})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_tiny_names_the_layers_that_there_are():
+    with pytest.raises(ValueError, match=r"^mixer: must be one of gla, .*, got 'gru'$"):
+        CausalLMConfig.tiny("gru")

@@ -220,3 +220,17 @@ def test_wrong_types_are_named(call, says):
     with pytest.raises(ValueError, match="^" + re.escape(says)) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_a_state_of_another_model_is_refused():
+    def state(config):
+        return jax.eval_shape(lambda model: read_prompt(model, jnp.zeros((1, 2), jnp.int32)), build(config))
+
+    config = OPTIONS["plain"]
+    own = build(config)
+    for other in (config.replace(num_layers=config.num_layers + 1), config.replace(vocab_size=config.vocab_size + 1)):
+        for call in (generate, stream):
+            with pytest.raises(ValueError, match=r"^prompt: must be a state of this model, whose "):
+                call(own, state(other), 3)
+        with pytest.raises(ValueError, match=r"^state: must be a state of this model, whose "):
+            read_prompt(own, jnp.zeros((1, 2), jnp.int32), state=state(other))
