@@ -50,6 +50,8 @@ class _Fields:
 
 
 _SILU = ("swish", "silu")
+# What the libraries take where config.json says nothing; 1e-6 for all others.
+_NORM_EPS = {"rwkv6": 1e-5, "mamba": 1e-5, "mamba2": 1e-5, "official": 1e-5}
 _FEATURES = {None: None, "elu": "elu1", "relu": "relu", "identity": None, "elementwise_product": "product"}
 
 
@@ -68,13 +70,17 @@ def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
         kind = "official"
     x.only("attnres_block_size", None)
     x.only("dtype", None, "float32", "bfloat16", "float16")
+    x.only("quantization_config", None)
+    x.only("partial_rotary_factor", None, 1, 1.0)
     try:
         made, dialect = _READ[kind](x)
         common: dict[str, Any] = {
             "vocab_size": x.need("vocab_size"),
             "hidden_size": x.get("hidden_size", "d_model"),
             "num_layers": x.get("num_hidden_layers", "n_layer"),
-            "norm_eps": float(x.get("norm_eps", "rms_norm_eps", "layer_norm_epsilon", default=1e-5)),
+            "norm_eps": float(
+                x.get("norm_eps", "rms_norm_eps", "layer_norm_epsilon", default=_NORM_EPS.get(kind, 1e-6))
+            ),
             "tie_embeddings": x.get("tie_word_embeddings", default=kind == "mamba"),
             **changes,
         }

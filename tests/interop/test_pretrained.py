@@ -187,6 +187,8 @@ def change(folder: Path, **fields) -> None:
         ({"num_heads": 3}, "config.json: expand_k: hidden_size * expand_k = 32 * 0.5 must be a multiple"),
         ({"attnres_block_size": 2}, "config.json: attnres_block_size must be None here, got 2"),
         ({"feature_map": "exp"}, "config.json: feature_map: must be one of None, relu"),
+        ({"quantization_config": {"bits": 4}}, "config.json: quantization_config must be None here, got {'bits': 4}"),
+        ({"partial_rotary_factor": 0.5}, "config.json: partial_rotary_factor must be None or 1 or 1.0 here, got 0.5"),
         ({"model_type": ["gla"]}, "config.json: model_type must be one of gla, "),
         ({"attn": {"layers": [1]}}, "config.json: attn must have layers and num_heads, got {'layers': [1]}"),
         ({"attn": {"layers": [2], "num_heads": 2}}, "config.json: attn's layers must be a list of 0 to 1, got [2]"),
@@ -242,3 +244,9 @@ def test_a_pattern_keeps_as_many_tokens_as_its_config_says():
     mixer = (GatedLinearAttentionConfig(num_heads=2), SoftmaxAttentionConfig(num_heads=2, cache_size=64))
     config = CausalLMConfig(mixer=mixer, vocab_size=24, hidden_size=32, num_layers=4, mlp_size=24)
     assert from_json(to_json(config)[0]).config.mixers[1].cache_size == 64
+
+
+@pytest.mark.parametrize(("kind", "norm_eps"), [("gla", 1e-6), ("llama", 1e-6), ("rwkv6", 1e-5)])
+def test_a_norm_epsilon_that_is_not_told_is_the_library_s_own(kind, norm_eps):
+    fields = {"model_type": kind, "vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    assert from_json(fields | {"num_heads": 4, "intermediate_size": 64}).config.norm_eps == norm_eps
