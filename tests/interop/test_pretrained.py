@@ -62,10 +62,11 @@ def test_logits_are_theirs(name):
 def test_logits_in_half_precision_are_theirs_but_for_rounding(name):
     want = expected(name)
     tokens = jnp.asarray(want["tokens"], jnp.int32)
-    error = {t: rms_ratio(forward(load_pretrained(DATA / name, dtype=t), tokens), want["logits"]) for t in HALF}
-    assert error["float16"] < 1e-2
-    # Three bits less, in a sum of many roundings.
-    assert error["bfloat16"] < 2 * 8 * error["float16"]
+    logits = {t: np.asarray(forward(load_pretrained(DATA / name, dtype=t), tokens), np.float64) for t in HALF}
+    assert rms_ratio(logits["float16"], want["logits"]) < 1e-2
+    # Three bits less, by token: one of linear_attn has an output near 0 in a head, whose rounding the norm makes whole.
+    error = {t: np.sqrt(np.mean((x - want["logits"]) ** 2, axis=-1)) for t, x in logits.items()}
+    assert np.median(error["bfloat16"] / error["float16"]) < 1.5 * 8
 
 
 @pytest.mark.parametrize("name", MODELS)
