@@ -389,7 +389,7 @@ def main() -> None:
             raise AssertionError("a case has one set of programs")
         except StopIteration as end:
             found = end.value
-        except Exception:
+        except Exception:  # as above: a case that fails at a size must not lose the records of the others
             traceback.print_exc()
             failed.append(name)
             continue

@@ -1,5 +1,6 @@
 """Tuning of the forward kernel: how many warpgroups take each role, and how deep each ring of tiles is."""
 
+import abc
 import dataclasses
 from typing import Literal
 
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 WIDTH = 64
 
 
-class Roles:
+class Roles(abc.ABC):
     """A tuning whose warpgroups, `threads` in number, divide a block's registers between roles."""
 
     @property
+    @abc.abstractmethod
     def threads(self) -> int:
         """Warpgroups in a block."""
-        raise NotImplementedError
 
     @property
     def launch_registers(self) -> int:
