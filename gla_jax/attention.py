@@ -187,39 +187,54 @@ def _mosaic_gpu(q, k, v, g, state, scale, cu, output_final_state):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kernel_forward(scale, output_final_state, q, k, v, g, state):
-    results = _forward_kernels(q, k, v, g, scale, state, output_final_state)
+    o, state, _ = _forward_kernels(q, k, v, g, scale, state, output_final_state, False)
     # A kernel's results vary over no axis of a shard_map, whatever its arguments do.
-    return vary_alike((results, q))[0]
+    return vary_alike(((o, state), q))[0]
 
 
 def _kernel_forward_fwd(scale, output_final_state, *arguments):
-    return _kernel_forward(scale, output_final_state, *arguments), arguments
-
-
-def _kernel_forward_bwd(scale, output_final_state, arguments, cotangents):
     q, k, v, g, state = arguments
-    return vary_alike((_backward_kernels(q, k, v, g, scale, state, *cotangents), q))[0]
+    # On Auto axes a device may have as little as this share of batch and heads.
+    devices = 1 if runs_on_one_device(q) else max(1, jax.typeof(q).sharding.mesh.size)
+    save = pallas.saves_states(q, k, v, g, devices)
+    found = _forward_kernels(q, k, v, g, scale, state, output_final_state, save)
+    o, state, saved = vary_alike((found, q))[0]
+    return (o, state), (arguments, saved)
+
+
+def _kernel_forward_bwd(scale, output_final_state, kept, cotangents):
+    (q, k, v, g, state), saved = kept
+    return vary_alike((_backward_kernels(q, k, v, g, scale, state, *cotangents, saved), q))[0]
 
 
 # Compiled once for all calls of the same shapes, jitted or not.
-@functools.partial(jax.jit, static_argnums=(4, 6))
-def _forward_kernels(q, k, v, g, scale, state, output_final_state):
-    names = ("o", "state")[: 2 if output_final_state else 1]
-    run = lambda q, k, v, g, state: pallas.forward(q, k, v, g, scale, state, output_final_state)[: len(names)]
+@functools.partial(jax.jit, static_argnums=(4, 6, 7))
+def _forward_kernels(q, k, v, g, scale, state, output_final_state, output_states):
+    """o, the final state or None, and what the backward reads of all states, or None."""
+    names = ["o", *(["state"] if output_final_state else []), *(["states", "mild"] if output_states else [])]
+
+    def run(q, k, v, g, state):
+        o, state, *states = pallas.forward(q, k, v, g, scale, state, output_final_state, output_states=output_states)
+        return tuple(jax.tree.leaves((o, state, states)))
+
     found = _on_each_device(run, {"q": q, "k": k, "v": v, "g": g, "state": state}, names)
-    return found if output_final_state else (*found, None)
+    found = dict(zip(names, found, strict=True))
+    states = pallas.States(found["states"], found["mild"]) if output_states else None
+    return found["o"], found.get("state"), states
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _backward_kernels(q, k, v, g, scale, state, do, dfinal):
+def _backward_kernels(q, k, v, g, scale, state, do, dfinal, saved):
     arguments = {"q": q, "k": k, "v": v, "g": g, "state": state}
     names = [name for name, x in arguments.items() if x is not None]
+    states, mild = (None, None) if saved is None else saved
 
-    def run(q, k, v, g, state, do, dfinal):
-        found = pallas.backward(q, k, v, g, scale, state, do, dfinal)
+    def run(q, k, v, g, state, do, dfinal, states, mild):
+        saved = None if states is None else pallas.States(states, mild)
+        found = pallas.backward(q, k, v, g, scale, state, do, dfinal, saved=saved)
         return tuple(x for x in found if x is not None)
 
-    found = _on_each_device(run, arguments | {"o": do, "dfinal": dfinal}, names)
+    found = _on_each_device(run, arguments | {"o": do, "dfinal": dfinal, "states": states, "mild": mild}, names)
     given = dict(zip(names, found, strict=True))
     return tuple(given.get(name) for name in arguments)
 
@@ -230,6 +245,8 @@ def _on_each_device(run, arguments, outputs):
     if runs_on_one_device(q):
         return run(*arguments.values())
     dimensions = {"q": "btpk", "k": "bthk", "v": "bthv", "o": "btpv", "state": "bhkv", "dfinal": "bhkv"}
+    # n chunks, and tiles of k and v.
+    dimensions |= {"states": "bhnij", "mild": "bhnl"}
     dimensions["g"] = "bth" if g is not None and g.ndim == 3 else "bthk"
     arrays = {name: x for name, x in arguments.items() if x is not None}
     some = lambda *given: run(*{**arguments, **dict(zip(arrays, given, strict=True))}.values())

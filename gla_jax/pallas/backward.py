@@ -14,6 +14,7 @@ from gla_jax.pallas import backward_chunks, backward_kernel, backward_states
 from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward, choose_time_parts
 from gla_jax.pallas.backward_states import Walk
 from gla_jax.pallas.config import WIDTH
+from gla_jax.pallas.forward import States
 from gla_jax.pallas.gating import CHUNK
 
 
@@ -37,21 +38,22 @@ def backward(
     do: Float[Array, "b t h v"],
     dfinal: State | Callable[[Array, Array], Array] | None = None,
     *,
+    saved: States | None = None,
     config: BackwardConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Gradients:
     """Gradients of S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in two Mosaic GPU kernels.
 
-    Nothing is kept from the forward but its arguments. With dS_t the cotangent of S_t,
+    From the forward its arguments are kept, and the states if it left them. With dS_t the cotangent of S_t,
 
         dS_t = Diag(exp g_{t+1}) dS_{t+1} + scale q_t^T do_t        dq_t = scale do_t S_t^T
         dk_t = v_t dS_t^T        dv_t = k_t dS_t        dg_t = exp(g_t) rowsum(S_{t-1} dS_t)
 
     (arXiv 2312.06635, section 4, has them in chunks but for dg, which it takes from differences of q dq and k dk that
-    cancel; backward_gates.py has what is done here.) The first kernel walks forward and writes the state before each
-    chunk of 64 tokens, 2 k v / 64 bytes a token that are free afterwards; the second walks back. Exact for every gate:
-    the first checks how each 64 channels of a chunk decay, and the second takes the form that fits. The same bits
-    from run to run.
+    cancel; backward_gates.py has what is done here.) Without `saved` a first kernel walks forward and writes the state
+    before each chunk of 64 tokens, 2 k v / 64 bytes a token that are free afterwards; another walks back. Exact for
+    every gate: it is known how each 64 channels of a chunk decay, and the form is taken that fits. The same bits from
+    run to run.
 
     Args:
       q: [b, t, h, k], bfloat16 or float16, any k.
@@ -64,6 +66,7 @@ def backward(
       dfinal: cotangent of the final state, [b, hk, k, v] float32; zeros if None. Or, but for float16, a function that
         makes it of what these tokens do to a state's cotangent on its way to the first of them, dS -> decay dS + own,
         with decay [b, hk, k, 1] and own [b, hk, k, v] in float32.
+      saved: the forward's States of the same arguments; for k and v up to 128, and not for float16.
       config: the tuning; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
     """
@@ -76,6 +79,8 @@ def backward(
     keys, values, blocks = key_parts * key_width, value_parts * value_width, key_parts * value_parts
     if config.in_chunks is None and blocks > 1:
         raise ValueError(f"config.in_chunks=None takes k and v up to 128, not {key_size} and {value_size}")
+    if saved is not None and (config.in_chunks is not None or dtype == jnp.float16):
+        raise ValueError(f"saved must be None for k or v above 128 and for float16, got k {key_size}, v {value_size}")
     chunks, rows = pl.cdiv(time, CHUNK), max(CHUNK, -(-time // 8) * 8)
     parts = config.time_parts or choose_time_parts(batch * heads * blocks, chunks)
     if config.in_chunks is not None and config.time_parts is None and parts < 4:
@@ -141,6 +146,8 @@ def backward(
     forwards, backwards = Walk(kv_heads), Walk(heads, reverse=True, group=group)
     # Of two parts the first kernel takes both, one after the other: that is faster than a walk for what lies between.
     splits = 2 if parts == 2 and config.in_chunks is None else 1
+    if saved is not None:
+        splits = parts
     forth: Any = None
     back: Any = None
     if parts > splits:
@@ -184,11 +191,17 @@ def backward(
         )
         dq, dk, dv, dg = make(*(whole[name] for name in ("q", "k", "v", "g", "do")), states, d, decay, mild)
     else:
-        of_walk = (whole["k"], whole["v"], whole["g"]) if splits == 2 else (k_, v_, g_)
-        states, decay = walk((forwards, *of_walk, initial))
-        # A channel stands for the 64 of its block.
-        mild = decay[..., ::WIDTH].reshape(*decay.shape[:2], splits, -1, config.key_blocks) > 0.5
-        mild = jnp.all(mild, axis=3).astype(jnp.int32)
+        if saved is not None:
+            # Chunks past the end are read, too.
+            past = [(0, parts * chunks - saved.mild.shape[2] if i == 2 else 0) for i in range(5)]
+            states = jnp.pad(saved.states, past) if past[2][1] else saved.states
+            mild = jnp.pad(saved.mild, past[:4], constant_values=1)
+        else:
+            of_walk = (whole["k"], whole["v"], whole["g"]) if splits == 2 else (k_, v_, g_)
+            states, decay = walk((forwards, *of_walk, initial))
+            # A channel stands for the 64 of its block.
+            mild = (decay[..., ::WIDTH] > 0.5).astype(jnp.int32)
+        all_mild = jnp.min(mild.reshape(*mild.shape[:2], splits, -1, config.key_blocks), axis=3)
         out = lambda size: jax.ShapeDtypeStruct((batch * parts, rows // parts, heads, size), dtype)
         of_state = jax.ShapeDtypeStruct((batch * parts, heads, keys, values), jnp.float32)
         options = {"chunks": chunks, "splits": splits, "group": group, "scale": scale, "has_final": final is not None}
@@ -199,7 +212,7 @@ def backward(
             (out(keys), out(keys), out(values), out(keys), of_state),
             **options,
         )
-        *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, decay, mild, *(() if final is None else (final,)))
+        *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, mild, all_mild, *(() if final is None else (final,)))
         dq, dk, dv, dg = (x.reshape(batch, rows, *x.shape[2:]) for x in of_tokens)
 
     dinitial = dinitial[::parts]

@@ -114,24 +114,24 @@ def write_lower(lower):
     plgpu.commit_smem()
 
 
-def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
+def mild_gradients(t, ds, scale, wait_values, free_tokens):
     """The centred form, in place.
 
     Args:
       t: the Tiles; g is destroyed before dg is in it.
       ds: dS' in float32, two tiles [k, v].
-      total: [64] along the rows, B.
       scale: factor of o.
       wait_values: waits for v, do and the state.
       free_tokens: waits until what the last chunk made is stored.
 
     Returns:
-      dq and dk, [64, 64] of the tiles' dtype.
+      dq and dk, [64, 64] of the tiles' dtype, and exp(B/2) along the rows.
     """
+    sums, total = _sums(t)
     half = 0.5 * total
     t.row[...] = half
     plgpu.commit_smem()
-    e = (matmul([(t.lower, t.g)]) - along_columns(t.row)) * LOG2_E
+    e = (sums - along_columns(t.row)) * LOG2_E
     t.q[...] = (load(t.q) * (jnp.exp2(e) * scale)).astype(t.q.dtype)
     t.k[...] = (load(t.k) * jnp.exp2(-e)).astype(t.k.dtype)
     free_tokens()
@@ -170,7 +170,7 @@ def mild_gradients(t, ds, total, scale, wait_values, free_tokens):
     dg += along_columns(t.row)
     t.g[...] = dg.astype(t.g.dtype)
     t.scores[...] = _keep_lower(t, a).astype(t.scores.dtype)
-    return dq, dk
+    return dq, dk, jnp.exp(half)
 
 
 def write_mask(lower, keep):
@@ -179,14 +179,26 @@ def write_mask(lower, keep):
     plgpu.commit_smem()
 
 
+def _sums(t):
+    """b [64, 64], and B along the rows."""
+
+    def run(sums, total):
+        plgpu.wgmma(total, t.g.T, t.lower.at[LAST].T)
+        plgpu.wgmma(sums, t.lower, t.g)
+        # No gate is positive: the least of the last sums is that of all tokens.
+        return sums[...], jnp.min(total[...], axis=1)
+
+    return pl.run_scoped(run, plgpu.ACC(TILE, jnp.float32), plgpu.ACC((CHUNK, 8), jnp.float32))
+
+
 def _decay(t):
     return jnp.exp(matmul([(t.lower, t.g)]))
 
 
-def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
+def exact_gradients(make_tiles, ds, scale, wait_values, free_tokens):
     """The form for every gate, in place.
 
-    As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own.
+    As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own, and exp(B) comes in place of exp(B/2).
     """
     t = make_tiles()
     rows, columns = _numbers(t)
@@ -195,13 +207,14 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
     free_tokens()
     for i in range(VALUE_BLOCKS):
         t.d[i] = ds[i].astype(t.d.dtype)
-    crossing = _crossing(t, ds, jnp.exp(total))
     write_mask(t.lower, columns <= rows)
+    decay, total = _sums(t)
+    keep = jnp.exp(total)
+    crossing = _crossing(t, ds, keep)
 
     # Between chunks. D is a place for products from here on.
     product = t.d.at[0]
-    decay = _decay(t)
-    dq = matmul(_reads(t)) * (decay * scale)
+    dq = matmul(_reads(t)) * (jnp.exp(decay) * scale)
     dk = matmul(_writes(t))
     plgpu.commit_smem()
     product[...] = (load(t.q) * dq).astype(product.dtype)
@@ -276,4 +289,4 @@ def exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens):
     dg += along_columns(t.row)
     t.g[...] = jnp.where(load(t.g) <= FLOOR, 0.0, dg).astype(t.g.dtype)
     write_lower(t.lower)
-    return dq.astype(t.q.dtype), dk.astype(t.k.dtype)
+    return dq.astype(t.q.dtype), dk.astype(t.k.dtype), keep

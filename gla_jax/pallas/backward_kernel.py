@@ -1,7 +1,7 @@
 """The backward's second kernel: one block walks back over the chunks with the cotangent of one head's state.
 
 A warpgroup each 64 channels of k computes, and one more loads data. For each chunk, from the last to the first, with
-the state S before it from backward_states.py, and the cotangent dS' of the one after it in registers:
+the state S before it from the forward or backward_states.py, and the cotangent dS' of the one after it in registers:
 
 - each computing warpgroup makes dq, dk and dg of its channels, and q~, k~, A and D = post dS' (backward_gates.py);
 - after a barrier of them, each makes dv = k~ D + A^T do for its columns of v, where A's parts by channels add up, and
@@ -22,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients, write_lower
-from gla_jax.pallas.backward_states import ROWS, TILE, matmuls, tile
-from gla_jax.pallas.gating import CHUNK, along_rows, nothing
+from gla_jax.pallas.backward_states import TILE, matmuls, tile
+from gla_jax.pallas.gating import CHUNK, along_rows, nothing, vector
 
 
 def scratch(config, dtype):
@@ -39,9 +39,8 @@ def scratch(config, dtype):
         "d": tile((blocks, VALUE_BLOCKS, *TILE), dtype),
         "scores": tile((blocks, *TILE), dtype),
         "lower": tile((blocks, *TILE), dtype),
-        # The chunks' decays, and scratch.
-        "rows": plgpu.SMEM((tokens + 1, blocks, CHUNK), jnp.float32),
-        "tokens_loaded": plgpu.Barrier(num_arrivals=4 * blocks, num_barriers=tokens),
+        "row": plgpu.SMEM((blocks, CHUNK), jnp.float32),
+        "tokens_loaded": plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=tokens),
         "values_loaded": plgpu.Barrier(num_arrivals=(2 + blocks) * VALUE_BLOCKS, num_barriers=values),
         "gated": plgpu.Barrier(num_arrivals=blocks),
         "multiplied": plgpu.Barrier(num_arrivals=blocks),
@@ -52,14 +51,14 @@ def scratch(config, dtype):
 
 
 def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
-    """The body; refs are q, k, v, g, do, states, decay, mild, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
+    """The body; refs are q, k, v, g, do, states, mild, all_mild, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
 
     A block takes all of one head's 64 or 128 channels and 128 columns. dq, dk and dg are [b, t, h, k], dv [b, t, h, v],
-    and dfinal and dinitial [b, h, k, v]: who calls adds up query heads of a group. states and decay are of whole
-    sequences if these are cut in `splits`: [b / splits, hk, splits * chunks, ...]. mild is [b / splits, hk, splits,
-    k / 64] int32, 1 for channels that are mild in every chunk.
+    and dfinal and dinitial [b, h, k, v]: who calls adds up query heads of a group. states and mild (forward.States) are
+    of whole sequences if these are cut in `splits`: [b / splits, hk, splits * chunks, ...]. all_mild is [b / splits,
+    hk, splits, k / 64] int32, 1 for channels that are mild in every chunk.
     """
-    q, k, v, g, do, states, decay, mild, *final, dq, dk, dv, dg, dinitial, s = refs
+    q, k, v, g, do, states, mild, all_mild, *final, dq, dk, dv, dg, dinitial, s = refs
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     channels = columns = lambda i: pl.ds(i * CHUNK, CHUNK)
@@ -69,7 +68,7 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
     sequence, split = lax.div(batch, jnp.int32(splits)), lax.rem(batch, jnp.int32(splits))
     before = lambda ref, i: ref.at[sequence, kv_head, split * chunks + chunks - 1 - i]
 
-    def walk(m, *, all_mild):
+    def walk(m, *, every):
         own = channels(m)
         state = lambda ref, i: ref.at[batch, head, own, columns(i)]
         _walk_back(
@@ -78,7 +77,7 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
             config,
             chunks,
             scale,
-            all_mild,
+            None if every else lambda i: before(mild, i)[m],
             final=[state(final[0], i) for i in range(VALUE_BLOCKS)] if has_final else None,
             initial=[state(dinitial, i) for i in range(VALUE_BLOCKS)],
             by_channel=lambda i: [x.at[batch, tokens(i), head, own] for x in (dq, dk, dg)],
@@ -88,10 +87,10 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
     @pl.when(warpgroup < blocks)
     def _compute():
         plgpu.set_max_registers(config.compute_registers, action=config.action(config.compute_registers))
-        every = mild[sequence, kv_head, split, warpgroup]
+        every = all_mild[sequence, kv_head, split, warpgroup]
         for m in range(blocks):
-            pl.when((every > 0) & (warpgroup == m))(functools.partial(walk, m, all_mild=True))
-        pl.when(every == 0)(functools.partial(walk, warpgroup, all_mild=False))
+            pl.when((every > 0) & (warpgroup == m))(functools.partial(walk, m, every=True))
+        pl.when(every == 0)(functools.partial(walk, warpgroup, every=False))
 
     @pl.when(warpgroup == blocks)
     def _load():
@@ -105,7 +104,6 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
                 copy(g.at[batch, tokens(i), kv_head, channels(j)], s["g"].at[slot, j], loaded)
                 copy(q.at[batch, tokens(i), head, channels(j)], s["q"].at[slot, j], loaded)
                 copy(k.at[batch, tokens(i), kv_head, channels(j)], s["k"].at[slot, j], loaded)
-                copy(before(decay, i).at[channels(j)], s["rows"].at[slot, j], loaded)
 
         def load_values(i):
             slot = lax.rem(i, jnp.int32(config.value_stages))
@@ -138,8 +136,11 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
         lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
 
 
-def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, initial, by_channel, by_column):
-    """The computing role, for 64 channels of k and its share of the columns of v."""
+def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_channel, by_column):
+    """The computing role, for 64 channels of k and its share of the columns of v.
+
+    mild: gives a chunk's mark, 1 for mild; None if all are.
+    """
     blocks = config.key_blocks
     share = VALUE_BLOCKS // blocks
     write_lower(s["lower"].at[warpgroup])
@@ -177,7 +178,7 @@ def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, initial,
                 do=s["do"].at[value_slot],
                 scores=s["scores"].at[own],
                 lower=s["lower"].at[own],
-                row=s["rows"].at[config.token_stages, own],
+                row=s["row"].at[own],
                 zero=zero,
             )
 
@@ -192,21 +193,20 @@ def _walk_back(s, warpgroup, config, chunks, scale, all_mild, *, final, initial,
                 plgpu.barrier_arrive(s["tokens_free"].at[lax.rem(i - 1, jnp.int32(config.token_stages))])
 
         plgpu.barrier_wait(s["tokens_loaded"].at[slot])
-        total = plgpu.layout_cast(s["rows"][slot, warpgroup], ROWS)
-        if all_mild:
-            total = 1.0 - total
-            post = keep = jnp.exp(0.5 * total)
-            dq, dk = mild_gradients(make_tiles(), ds, total, scale, wait_values, free_tokens)
+        if mild is None:
+            dq, dk, post = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
+            keep = post
         else:
-            mild = jnp.where(s["rows"][slot, warpgroup, 0] > 0.5, 1.0, 0.0)
-            total += mild * (1.0 - 2.0 * total)
-            # The other half of a mild chunk's decay, or all of another's.
-            post, keep = jnp.exp(total * (0.5 * mild)), jnp.exp(total * (1.0 - 0.5 * mild))
-            dq, dk = lax.cond(
-                mild > 0.5,
-                lambda: mild_gradients(make_tiles(), ds, total, scale, wait_values, free_tokens),
-                lambda: exact_gradients(make_tiles, ds, total, scale, wait_values, free_tokens),
-            )
+
+            def exact():
+                dq, dk, keep = exact_gradients(make_tiles, ds, scale, wait_values, free_tokens)
+                return dq, dk, keep, vector(1.0)
+
+            def centred():
+                dq, dk, post = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
+                return dq, dk, post, post
+
+            dq, dk, keep, post = lax.cond(mild(i) > 0, centred, exact)
 
         plgpu.commit_smem()
         # dv goes over D, so that v and the state are done with.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,36 @@ from gla_jax.pallas.gating import CHUNK, FLOOR
 
 LARGEST_KEY = 256
 _DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+class States(NamedTuple):
+    """What the forward leaves for `gla_jax.pallas.backward`, for chunks of 64 tokens, n in number.
+
+    Attributes:
+      states: [b, hk, n, k, v] of q's dtype, k and v padded to tiles of 64: exp(B/2) S, S the state before the chunk and
+        B its decay, where 64 channels are mild (no B under -96), S where not.
+      mild: [b, hk, n, k / 64] int32, 1 where they are.
+    """
+
+    states: Array
+    mild: Array
+
+
+def saves_states(q: Query, k: Key, v: Value, g: Gate | None, devices: int = 1) -> bool:
+    """Whether `forward` can leave the states that the backward reads, at no more than 40 % of q, k, v, g and o.
+
+    That is where it takes one pass, in k up to 128 and v from 65 to 128. Gates in float32 are rounded in the backward,
+    and its states are of the rounded ones.
+
+    Args:
+      q, k, v, g: as `forward`'s; only shapes and dtypes are read.
+      devices: how many at most share batch and heads.
+    """
+    batch, time, heads, key_size = q.shape
+    if q.dtype != jnp.bfloat16 or (g is not None and g.dtype != q.dtype) or not WIDTH < v.shape[-1] <= 2 * WIDTH:
+        return False
+    config = choose_forward(key_size, v.shape[-1], batch * heads // devices, pl.cdiv(time, CHUNK), q.dtype)
+    return isinstance(config, ForwardConfig)
 
 
 def why_unsupported(
@@ -62,9 +92,10 @@ def forward(
     initial_state: State | Callable[[Array, Array], Array] | None = None,
     output_final_state: bool = False,
     *,
+    output_states: bool = False,
     config: ForwardConfig | tuple[ForwardConfig, ScanConfig] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Array, State | None]:
+) -> Any:
     """The gated scan S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in Mosaic GPU kernels.
 
     Args:
@@ -77,11 +108,13 @@ def forward(
         these tokens do to a state, S -> decay S + own, all three transposed as the second pass has them: float32 decay
         [b, hk, 1, k], own [b, hk, v, k] and result [b, hk, v, k].
       output_final_state: whether to return the state after the last token.
+      output_states: whether to return the states before all chunks; only where `saves_states` says so.
       config: the tuning, of two passes for a function; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
 
     Returns:
-      o [b, t, h, v] of v's dtype, and the final state [b, hk, k, v] in float32 or None.
+      o [b, t, h, v] of v's dtype, and the final state [b, hk, k, v] in float32 or None; with output_states the States
+      as a third.
     """
     batch, time, heads, key_size = q.shape
     value_size = v.shape[-1]
@@ -107,9 +140,15 @@ def forward(
 
     elif initial_state is not None:
         initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
+    options = {"config": config, "chunks": chunks, "gate_parts": gate_parts, "interpret": interpret}
+    if one_pass:
+        options["output_states"] = output_states
+    elif output_states:
+        raise ValueError("output_states=True takes one pass, and the tuning has two")
     run = _one_pass if one_pass else _two_passes
-    o, state = run(q, k, v, g, scale, initial_state, output_final_state, config, chunks, gate_parts, interpret)
-    return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size]
+    o, state, states = run(q, k, v, g, scale, initial_state, output_final_state, **options)
+    found = o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size]
+    return (*found, states) if output_states else found
 
 
 def _kernel(body, threads, scratch, out_type, grid, config, interpret, **options):
@@ -127,12 +166,17 @@ def _kernel(body, threads, scratch, out_type, grid, config, interpret, **options
     )
 
 
-def _one_pass(q, k, v, g, scale, initial_state, output_final_state, config, chunks, gate_parts, interpret):
+def _one_pass(
+    q, k, v, g, scale, initial_state, output_final_state, *, output_states, config, chunks, gate_parts, interpret
+):
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
     out_type = [jax.ShapeDtypeStruct((batch, time, heads, value_size), v.dtype)]
     if output_final_state:
         out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, key_size, value_size), jnp.float32))
+    if output_states:
+        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, key_size, value_size), q.dtype))
+        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, config.key_blocks), jnp.int32))
     kernel = _kernel(
         forward_kernel,
         config.threads,
@@ -146,14 +190,15 @@ def _one_pass(q, k, v, g, scale, initial_state, output_final_state, config, chun
         scale=scale,
         has_initial=initial_state is not None,
         has_final=output_final_state,
+        has_states=output_states,
         gate_parts=gate_parts,
     )
-    o, *state = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))
-    return o, state[0] if output_final_state else None
+    o, *found = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))
+    return o, found.pop(0) if output_final_state else None, States(*found) if output_states else None
 
 
-def _two_passes(q, k, v, g, scale, initial_state, output_final_state, configs, chunks, gate_parts, interpret):
-    gate, scan = configs
+def _two_passes(q, k, v, g, scale, initial_state, output_final_state, *, config, chunks, gate_parts, interpret):
+    gate, scan = config
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
     each = pl.cdiv(chunks, scan.splits)
@@ -217,7 +262,7 @@ def _two_passes(q, k, v, g, scale, initial_state, output_final_state, configs, c
     if splits > 1:
         initial = jnp.concatenate(_states_between(added, decay, initial)[:-1], axis=2)
     o, *final = run(True, initial, output_final_state)
-    return o, turned(final[0][:, :, -1]) if output_final_state else None
+    return o, turned(final[0][:, :, -1]) if output_final_state else None, None
 
 
 def _states_between(added, decay, initial):

@@ -65,23 +65,23 @@ def slot_of(n, slots, i=0, of=1, zero=None):
     return lax.rem(n * of + i, jnp.int32(slots))
 
 
-def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, gate_parts, interpret):
-    """The body; refs are q, k, v, g, [initial state], o, [final state], then the scratch.
+def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, has_states, gate_parts, interpret):
+    """The body; refs are q, k, v, g, [initial state], o, [final state], [states, mild], then the scratch.
 
     g is [b, t, hk, gate_parts, k], whose parts sum up to the gate; or for gate_parts = 0 [b, hk, t], a gate a token in
     float32, already summed up inside each chunk.
     """
-    refs = list(refs)
-    s = refs.pop()
-    q, k, v, g = refs[:4]
-    initial = refs[4] if has_initial else None
-    final = refs[-1] if has_final else None
-    o = refs[5 if has_initial else 4]
+    q, k, v, g, *refs, s = refs
+    refs = iter(refs)
+    given = (has_initial, True, has_final, has_states, has_states)
+    initial, o, final, states, mild = (next(refs) if there else None for there in given)
     warpgroup = lax.axis_index("role")
     batch, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
     kv_head = lax.div(head, jnp.int32(group))
     v_start = part * config.value_width
     first_gater = config.matmul_groups
+    # Of the query heads of a group the first leaves the state that they share.
+    first_of_group = True if group == 1 else lax.rem(head, jnp.int32(group)) == 0
 
     @pl.when(warpgroup < first_gater)
     def _matmul():
@@ -96,14 +96,22 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
             interpret,
             initial=None if initial is None else initial.at[batch, kv_head, :, columns],
             final=None if final is None else final.at[batch, kv_head, :, columns],
+            states=None if states is None else states.at[batch, kv_head, :, :, columns],
             o=o.at[batch, :, head, columns],
-            writes_final=lax.rem(head, jnp.int32(group)) == 0,
+            writes_states=first_of_group,
         )
 
     @pl.when((warpgroup >= first_gater) & (warpgroup < first_gater + config.gaters))
     def _gate():
         plgpu.set_max_registers(config.gate_registers, action=config.action(config.gate_registers))
-        gate_chunks(s, warpgroup - first_gater, config, chunks, gate_parts == 0, interpret)
+        gater = warpgroup - first_gater
+
+        def note(n, block, is_mild):
+            @pl.when(first_of_group & (part == 0))
+            def _write():
+                mild[batch, kv_head, n, block] = jnp.where(is_mild, 1, 0).astype(jnp.int32)
+
+        gate_chunks(s, gater, config, chunks, gate_parts == 0, interpret, note=None if mild is None else note)
 
     @pl.when(warpgroup == first_gater + config.gaters)
     def _load():
@@ -155,11 +163,12 @@ def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
             plgpu.barrier_wait(s[name].at[n % slots])
 
 
-def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None):
+def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, note=None):
     """The gater role.
 
     at_end: None if each tile is taken as soon as it is gated. Otherwise nobody takes one before its chunk's scores are
       there, and this is called with each slot just before.
+    note: called with a chunk's number, a block of 64 channels and whether the factor `read` is exp(B/2) there, or 1.
     """
     arrive = lambda name, slot: plgpu.barrier_arrive(s[name].at[slot]) if at_end is None else None
     zeros = jnp.int32(2 * config.qk_slots)
@@ -202,7 +211,10 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None):
             q, k, factors = s["qk"].at[slot], s["qk"].at[config.qk_slots + slot], s["factors"].at[:, slot]
             if scalar_gate:
                 plgpu.barrier_wait(s["qk_loaded"].at[slot])
-                a += gate_tile_by_token(q, k, s["g"].at[slot_of(n, config.g_slots)], factors)
+                products, is_mild = gate_tile_by_token(q, k, s["g"].at[slot_of(n, config.g_slots)], factors, config.mild)
+                a += products
+                if note is not None:
+                    note(n, block, is_mild)
                 arrive("gated", slot)
                 arrive("qk_free", slot)
                 return a, before, before_k
@@ -222,6 +234,8 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None):
             done = lambda: plgpu.barrier_arrive(s["g_free"].at[g_slot])
             sums = None if own == 1 else a
             is_mild, sums = gating.gate_tile(q, k, g, e, half, sums, factors, tools, config.mild, ready, done)
+            if note is not None:
+                note(n, block, is_mild)
             arrive("gated", slot)
             # A strong tile's scores are in tools.strong: in `a` it meets zeros.
             return a if own == 1 else sums, slot, jnp.where(is_mild, config.qk_slots + slot, zeros)
@@ -252,9 +266,12 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None):
             plgpu.barrier_wait(s["scores_free"].at[n % config.score_slots])
 
 
-def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, final, o, writes_final):
-    """The matmul role: runs the recurrence over the chunks for 64 columns of v."""
-    blocks = config.key_blocks
+def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, final, states, o, writes_states):
+    """The matmul role: runs the recurrence over the chunks for 64 columns of v.
+
+    states: [n, k, 64], where what is read of the state that enters each chunk goes, read * S; or None.
+    """
+    blocks, states_out = config.key_blocks, states
     rows = lambda x: lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
     load_factor = lambda slot, j: plgpu.layout_cast(s["factors"][j, slot], _ROWS)
 
@@ -262,8 +279,19 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
         # Two tiles in turns for the copies of the state, and o takes its turn after them.
         return s["copy"].at[warpgroup, lax.rem(n * (blocks + 1) + i, jnp.int32(2))]
 
+    def wait_copy(i):
+        if states_out is not None:
+            # If every turn is stored, the one before may still be read.
+            plgpu.wait_smem_to_gmem(1 if writes_states is True else 0, wait_read_only=True)
+        elif i == 1:
+            # o alone is.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
     s["number"][warpgroup, 0] = jnp.int32(0)
     plgpu.commit_smem()
+
+    def store_state(copy, n, i):
+        pl.when(writes_states)(lambda: plgpu.copy_smem_to_gmem(copy, states_out.at[n, pl.ds(i * CHUNK, CHUNK)]))
 
     def start(i):
         if initial is None:
@@ -283,13 +311,14 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
                 zero = s["number"][warpgroup, 0]
                 slot = slot_of(n, config.qk_slots, i, blocks, zero)
                 plgpu.barrier_wait(s["gated"].at[slot])
-                if i == 1:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                wait_copy(i)
                 copy = copy_at(n, i)
                 copy[...] = (states[i] * rows(posts[i] * load_factor(slot, 0))).astype(copy.dtype)
                 kept = states[i] * rows(posts[i] * load_factor(slot, 1))
                 posts[i] = load_factor(slot, 2)
                 plgpu.commit_smem()
+                if states_out is not None:
+                    store_state(copy, n, i)
                 if i == 0:
                     plgpu.barrier_wait(s["v_loaded"].at[v_slot])
 
@@ -318,8 +347,7 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
         plgpu.barrier_arrive(s["scores_free"].at[score_slot])
         plgpu.barrier_arrive(s["v_free"].at[v_slot])
         o_tile = copy_at(n, blocks)
-        if blocks == 1:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        wait_copy(blocks)
         o_tile[...] = (out * scale).astype(o_tile.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_tile, o.at[pl.ds(n * CHUNK, CHUNK)])
@@ -329,7 +357,7 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
     states, posts = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, init)
     if final is not None:
 
-        @pl.when(writes_final)
+        @pl.when(writes_states)
         def _write():
             for i in range(blocks):
                 final[pl.ds(i * CHUNK, CHUNK), :] = states[i] * rows(posts[i])

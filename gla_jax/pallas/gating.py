@@ -11,7 +11,8 @@ A mild tile is centred on half its decay: with E_i = b_i - B/2, q~ = q exp(E), k
 read = keep = post = exp(B/2). E is one product of g with a triangle of +-1/2, exact in bfloat16. Its last row is B/2.
 
 A tile that hard resets of whole tokens alone keep from being mild is gated as if they were not there, and then cut: no
-score across a reset, q~ = 0 after the first one, k~ = 0 before the last one, keep = 0.
+score across a reset, q~ = 0 after the first one, k~ = 0 before the last one, keep = 0. There q~ takes exp(B/2), and
+read = 1: in a tile that is not mild the state is read as it is, which the backward relies on.
 
 Any other tile takes factors that are at most 1, whatever the gates: q~ = q exp(b_i), k~ = k exp(B - b_j), read = 1,
 keep = exp(B), post = 1, and A in six levels. At level m, a token i in the right half of a block of 2^(m+1) tokens meets
@@ -330,16 +331,18 @@ def _gate_around_resets(q, k, spare, factors, tools, e, half, resets, full):
     # Row i: how many resets come up to token i, less half of all.
     count = jnp.max(matmul(tools.triangle, tools.scratch), axis=1)
     _scale(q, k, e)
+    tools.rows[0] = jnp.exp(half)
     plgpu.commit_smem()
     spare[...] = matmul(q, k.T).astype(spare.dtype)
     same = along_rows(count) == matmul(tools.scratch.T, tools.triangle.T)
     plgpu.commit_smem()
     _add_strong(jnp.where(same & _in_lower(), load(spare), 0.0), tools, full)
-    after_first = along_rows(jnp.where(count > 0.25 - 0.5 * resets, 0.0, 1.0))
+    before_first = along_rows(jnp.where(count > 0.25 - 0.5 * resets, 0.0, 1.0))
     after_last = along_rows(jnp.where(count < 0.5 * resets - 0.25, 0.0, 1.0))
-    q[...] = (load(q) * after_first).astype(q.dtype)
+    read = plgpu.load(tools.rows.at[0], layout=_COLUMNS)
+    q[...] = (load(q) * before_first * along_columns(read)).astype(q.dtype)
     k[...] = (load(k) * after_last).astype(k.dtype)
-    factors[0] = jnp.exp(half)
+    factors[0] = vector(1.0)
     factors[1] = vector(0.0)
     factors[2] = jnp.exp(half)
     plgpu.commit_smem()

@@ -2,7 +2,10 @@
 
 With b_i the cumulative log decay inside the chunk (held above -120 a token) and B the chunk's,
 
-    A = tril(q k^T exp(b_i - b_j))    q~ = q exp(b_i)    k~ = k exp(B - b_j)    read = post = 1    keep = exp(B)
+    A = tril(q k^T exp(b_i - b_j))    q~ = q exp(b_i - r)    k~ = k exp(B - b_j)
+    read = exp(r)    keep = exp(B)    post = 1
+
+with r = B/2 where a channel's gate would be mild (gating.py), so that what is read of the state is the same, or 0.
 
 A difference of two b is exact to 5e-4 even after 64 hard resets, and float32 gates stay float32.
 """
@@ -35,20 +38,26 @@ def write_decayed_scores(scores, a, mask, b, row):
     plgpu.commit_smem()
 
 
-def gate_tile_by_token(q, k, b, factors):
-    """Gates one tile in place: q and k become q~ and k~, and q k^T is returned.
+def gate_tile_by_token(q, k, b, factors, mild):
+    """Gates one tile in place: q and k become q~ and k~.
 
     Args:
       q, k: [64 tokens, 64 channels] tiles.
       b: [64] float32 in shared memory, the cumulative log decay.
       factors: [3, 64] float32 for read, keep and post.
+      mild: the largest -B of which read takes a half.
+
+    Returns:
+      q k^T, and whether read is exp(B/2).
     """
     a = matmul(q, k.T)
     down = plgpu.load(b, layout=_ROWS)
     # b decreases, so the chunk's is the last.
+    is_mild = b[CHUNK - 1] >= -mild
     total = vector(1.0) * b[CHUNK - 1]
-    for_q, for_k = along_rows(jnp.exp(down)), along_rows(jnp.exp(total - down))
-    factors[0] = vector(1.0)
+    half = total * jnp.where(is_mild, 0.5, 0.0)
+    for_q, for_k = along_rows(jnp.exp(down - half)), along_rows(jnp.exp(total - down))
+    factors[0] = jnp.exp(half)
     factors[1] = jnp.exp(total)
     factors[2] = vector(1.0)
     # All warps are done with the product before its operands change.
@@ -56,4 +65,4 @@ def gate_tile_by_token(q, k, b, factors):
     q[...] = (load(q) * for_q).astype(q.dtype)
     k[...] = (load(k) * for_k).astype(k.dtype)
     plgpu.commit_smem()
-    return a
+    return a, is_mild
