@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_gates import LOG2_E, along_columns, split_in_two, write_lower, write_mask
-from gla_jax.pallas.backward_states import LAST, ROWS, TILE, matmul, matmuls, numbers, tile
+from gla_jax.pallas.backward_states import ROWS, TILE, matmul, matmuls, numbers, tile
 from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, nothing, vector
 
 
@@ -308,9 +308,8 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
 
         def exponent(t, zero, base=base):
             """E of a mild tile, in powers of 2."""
-            row[...] = 0.5 * (1.0 - plgpu.layout_cast(s["decay"][slot, warpgroup * tiles + t + zero], ROWS))
-            plgpu.commit_smem()
-            return (matmul([(lower, place("g", t, zero, base))]) - along_columns(row)) * LOG2_E
+            half = 0.5 * (1.0 - along_columns(s["decay"].at[slot, warpgroup * tiles + t + zero]))
+            return (matmul([(lower, place("g", t, zero, base))]) - half) * LOG2_E
 
         def send(t, *names, base=base):
             for name in names:
@@ -367,13 +366,14 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                     free_tokens(t - 1)
                 across = dks[0] if t == 0 else load(parked[0]) + load(parked[1])
                 w = (load(k) * across).astype(q.dtype)
-                z = load(q) * dq - load(k) * inside - w.astype(jnp.float32)
+                z = load(q) * dq - load(k) * inside
                 dk = inside + across
                 plgpu.commit_smem()
                 if t > 0:
                     last.free_d()
                 split_in_two(z, k, scores)
                 q[...] = w
+                row[...] = crossings[t]
                 plgpu.commit_smem()
                 if c.lends and t == 0:
                     plgpu.barrier_wait(s["gates_loaded"])
@@ -382,19 +382,9 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 dq = (dq * (jnp.exp2(e) * scale)).astype(q.dtype)
                 dk = (dk * jnp.exp2(-e)).astype(k.dtype)
 
-                def gate(dg, all_w, q=q, k=k, zero=zero):
-                    plgpu.wgmma(dg, lower.T, k)
-                    plgpu.wgmma(dg, lower.T, scores)
-                    plgpu.wgmma(all_w, q.T, lower.at[LAST].T)
-                    # The triangle's last row is all ones.
-                    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA) + zero
-                    return dg[...], jnp.sum(jnp.where(column == 7, all_w[...], 0.0), axis=1)
-
-                dg, all_w = pl.run_scoped(gate, plgpu.ACC(TILE, jnp.float32), plgpu.ACC((CHUNK, 8), jnp.float32))
+                dg = matmul([(lower.T, k), (lower.T, scores), (lower, q)]) - load(q) + along_columns(row)
                 plgpu.commit_smem()
-                row[...] = crossings[t] + all_w
-                plgpu.commit_smem()
-                g[...] = (dg + along_columns(row)).astype(g.dtype)
+                g[...] = dg.astype(g.dtype)
                 q[...] = dq
                 k[...] = dk
                 plgpu.commit_smem()

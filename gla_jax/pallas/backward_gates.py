@@ -12,8 +12,8 @@ dq = scale exp(E) dq~ and dk = exp(-E) dk~. A gate at token l decays what querie
     dg_l = rowsum(S~ D) + sum_{i >= l} z_i + sum_{j < l} w_j        w = k~ (v D^T)    z = q~ dq~ - k~ (dA^T q~)
 
 The pairs inside the chunk that l does not part cancel in z, whose two terms are made of the same rounded operands; all
-else only adds up. With the triangle L of ones the sums are L^T (z - w) and all of w. w is rounded first, so that it
-cancels, too; z - w takes two tiles, the second for what the first's rounding lost.
+else only adds up. With the triangle L of ones the sums are L^T z and L w - w. z takes two tiles, the second for what
+the first lost in rounding.
 
 **Anything else** uses only sums of g as exponents and differentiates just those: for x = y exp(N g) with N of zeros and
 ones, dy = dx exp(N g) and dg = N^T (x dx). Nothing is ever subtracted. Here x is q~ = scale q exp(b_i), k~ =
@@ -127,18 +127,15 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
     Returns:
       dq and dk, [64, 64] of the tiles' dtype, and exp(B/2) along the rows.
     """
-    sums, total = _sums(t)
-    half = 0.5 * total
-    t.row[...] = half
-    plgpu.commit_smem()
-    e = (sums - along_columns(t.row)) * LOG2_E
+    e, half = _centred(t)
+    e = e * LOG2_E
     t.q[...] = (load(t.q) * (jnp.exp2(e) * scale)).astype(t.q.dtype)
     t.k[...] = (load(t.k) * jnp.exp2(-e)).astype(t.k.dtype)
     free_tokens()
     for i in range(VALUE_BLOCKS):
         t.d[i] = (ds[i] * along_rows(jnp.exp(half))).astype(t.d.dtype)
     wait_values()
-    crossing = _crossing(t, ds, jnp.exp(half))
+    t.row[...] = _crossing(t, ds, jnp.exp(half))
     t.scores[...] = _keep_lower(t, matmul(_score_cotangents(t))).astype(t.scores.dtype)
     plgpu.commit_smem()
 
@@ -147,27 +144,16 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
     dq = (dq * (jnp.exp2(e) * scale)).astype(t.q.dtype)
     across = matmul(_writes(t))
     w = (load(t.k) * across).astype(t.q.dtype)
-    z -= w.astype(jnp.float32)
     dk = ((inside + across) * jnp.exp2(-e)).astype(t.k.dtype)
     plgpu.commit_smem()
     split_in_two(z, t.g, t.scores)
     t.state[0] = w
     plgpu.commit_smem()
 
-    def sums(dg, all_w, a):
-        plgpu.wgmma(dg, t.lower.T, t.g)
-        plgpu.wgmma(dg, t.lower.T, t.scores)
-        plgpu.wgmma(all_w, t.state.at[0].T, t.lower.at[LAST].T)
-        plgpu.wgmma(a, t.q, t.k.T)
-        # The triangle's last row is all ones.
-        column = plgpu.broadcasted_iota(jnp.int32, (CHUNK, 8), 1, layout=plgpu.Layout.WGMMA) + t.zero
-        return dg[...], jnp.sum(jnp.where(column == 7, all_w[...], 0.0), axis=1), a[...]
-
-    wide = plgpu.ACC(TILE, jnp.float32)
-    dg, all_w, a = pl.run_scoped(sums, wide, plgpu.ACC((CHUNK, 8), jnp.float32), wide)
-    t.row[...] = crossing + all_w
+    later = [(t.lower.T, t.g), (t.lower.T, t.scores)]
+    dg, a = matmuls([*later, (t.lower, t.state.at[0])], [(t.q, t.k.T)])
+    dg += along_columns(t.row) - w.astype(jnp.float32)
     plgpu.commit_smem()
-    dg += along_columns(t.row)
     t.g[...] = dg.astype(t.g.dtype)
     t.scores[...] = _keep_lower(t, a).astype(t.scores.dtype)
     return dq, dk, jnp.exp(half)
@@ -177,6 +163,21 @@ def write_mask(lower, keep):
     """Ones where `keep` says so."""
     lower[...] = jnp.where(keep, 1.0, 0.0).astype(lower.dtype)
     plgpu.commit_smem()
+
+
+def _centred(t):
+    """E [64, 64], half the difference of the sums up to a token and of those after it, and B/2 along the rows."""
+
+    def run(up, down, total):
+        plgpu.wgmma(total, t.g.T, t.lower.at[LAST].T)
+        plgpu.wgmma(up, t.lower, t.g)
+        plgpu.wgmma(down, t.lower.T, t.g)
+        # No gate is positive: the least of the last sums is that of all tokens.
+        return up[...], down[...], 0.5 * jnp.min(total[...], axis=1)
+
+    wide = plgpu.ACC(TILE, jnp.float32)
+    up, down, half = pl.run_scoped(run, wide, wide, plgpu.ACC((CHUNK, 8), jnp.float32))
+    return 0.5 * (up - down + load(t.g)), half
 
 
 def _sums(t):
@@ -198,7 +199,7 @@ def _decay(t):
 def exact_gradients(make_tiles, ds, scale, wait_values, free_tokens):
     """The form for every gate, in place.
 
-    As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own, and exp(B) comes in place of exp(B/2).
+    As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own, and exp(B) is in exp(B/2)'s place.
     """
     t = make_tiles()
     rows, columns = _numbers(t)

@@ -211,7 +211,8 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
             q, k, factors = s["qk"].at[slot], s["qk"].at[config.qk_slots + slot], s["factors"].at[:, slot]
             if scalar_gate:
                 plgpu.barrier_wait(s["qk_loaded"].at[slot])
-                products, is_mild = gate_tile_by_token(q, k, s["g"].at[slot_of(n, config.g_slots)], factors, config.mild)
+                b = s["g"].at[slot_of(n, config.g_slots)]
+                products, is_mild = gate_tile_by_token(q, k, b, factors, config.mild)
                 a += products
                 if note is not None:
                     note(n, block, is_mild)
