@@ -110,7 +110,7 @@ def described(thing):
 
 def test_the_plots_are_drawn(tmp_path):
     written = {path.stem for path in plots.draw(tmp_path)}
-    assert {"op-cpu", "op-xla-h100"} <= written
+    assert {"op-cpu", "op-h100"} <= written
     pages = "".join((ROOT / name).read_text() for name in tables.PAGES)
     assert written == set(re.findall(r"plots/([\w-]+)\.svg", pages))
 
