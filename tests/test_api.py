@@ -82,11 +82,9 @@ def on_the_page():
                 names.add(f"{package.__name__}.{name}")
             told = set(re.findall(r"\w+", inspect.getdoc(thing) or ""))  # a field may be described there alone
             for base in ours(thing) if inspect.isclass(thing) else ():
-                members = [
-                    *inspect.get_annotations(base),
-                    *(n for n, member in vars(base).items() if documents(member)),
-                ]
-                names |= {f"{package.__name__}.{name}.{n}" for n in members if not n.startswith("_") and n not in told}
+                members = {n for n in inspect.get_annotations(base) if n not in told}
+                members |= {n for n, member in vars(base).items() if documents(member)}
+                names |= {f"{package.__name__}.{name}.{n}" for n in members if not n.startswith("_")}
     return names
 
 
