@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch": 4,
         "steps": 300,
         "rates": [3e-3],
-        "seeds": 2,
+        "seeds": 3,
         "rows": 12,
     },
 }

@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch": 64,
         "steps": 2000,
         "rates": [2e-3, 5e-3],
-        "seeds": 2,
+        "seeds": 3,
     },
 }
 ORDER = [

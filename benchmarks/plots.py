@@ -14,15 +14,16 @@ import matplotlib.pyplot as plt
 
 
 def op(record: dict):
-    """Milliseconds of each entry, forward and with the backward."""
-    rows = record["milliseconds"]
+    """Milliseconds of each line, forward and with the backward."""
+    rows = record["results"]
     figure, axis = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
     places = np.arange(len(rows))
-    for i, what in enumerate(("forward", "forward + backward")):
-        axis.barh(places + 0.4 * i, [row[what] for row in rows.values()], 0.38, label=what)
-    axis.set_yticks(places + 0.2, list(rows))
+    for i, what in enumerate(("forward", "forward and backward")):
+        axis.barh(places + 0.4 * i, [row[what] for row in rows], 0.38, label=what)
+    names = [f"{row['op']}\n{', '.join(map(str, row['shape']))}" for row in rows]
+    axis.set_yticks(places + 0.2, names, fontsize="small")
     axis.invert_yaxis()
-    axis.set(xlabel="ms", xscale="log", title=f"{record['device']}, b, t, h, k, v = {record['shape_bthkv']}")
+    axis.set(xlabel="ms", xscale="log", title=f"{record['device']}, by b, t, h, k, v")
     axis.legend()
     return figure
 

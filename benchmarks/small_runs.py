@@ -1,13 +1,10 @@
 """Small models trained in one compiled program: every learning rate and seed of a model side by side, under vmap."""
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +18,7 @@ import optax
 from flax import nnx
 
 from gla_jax.nn import CausalLM, CausalLMConfig
+from gla_jax.records import begin
 from gla_jax.train.step import GPU_OPTIONS
 
 
@@ -164,11 +162,7 @@ def write(
     if out is None:
         return
     record = {
-        "what": what,
-        "command": shlex.join(["python", "-m", f"benchmarks.{what}", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": str(jax.devices()[0].device_kind),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **begin(what, ["python", "-m", f"benchmarks.{what}", *sys.argv[1:]]),
         "quantity": quantity,
         "settings": settings,
         "results": results,

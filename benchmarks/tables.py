@@ -24,17 +24,35 @@ def records(what: str) -> list[tuple[str, dict]]:
 
 
 def op_table() -> str:
-    """Milliseconds of every entry, a section a device."""
+    """Milliseconds of every line of the op's record, a section a device and shape."""
     lines = []
     for _, record in records("op"):
-        shape = ", ".join(map(str, record["shape_bthkv"]))
-        where = f"{record['device']} ({record['machine']}), {record['dtype']}, (b, t, h, k, v) = ({shape})"
-        lines += [f"{where}, jax {record['versions']['jax']}, {record['date'][:10]}:", ""]
-        lines += ["| | forward, ms | forward + backward, ms |", "|---|---|---|"]
-        for name, row in record["milliseconds"].items():
-            lines.append(f"| {name} | {row['forward']:.2f} | {row['forward + backward']:.2f} |")
-        lines.append("")
+        for shape in dict.fromkeys(tuple(row["shape"]) for row in record["results"]):
+            rows = [row for row in record["results"] if tuple(row["shape"]) == shape]
+            where = f"{record['device']} ({record['machine']}), {rows[0]['dtype']}, (b, t, h, k, v) = {shape}"
+            lines += [f"{where}, jax {record['versions']['jax']}, {record['date'][:10]}:", ""]
+            lines += ["| | forward, ms | forward + backward, ms |", "|---|---|---|"]
+            lines += [f"| {row['op']} | {row['forward']:.2f} | {row['forward and backward']:.2f} |" for row in rows]
+            lines.append("")
     return "\n".join(lines)
+
+
+def peers_table() -> str:
+    """Milliseconds of the op and of what a user would pick instead, a row a shape."""
+    lines = []
+    for _, record in records("peers"):
+        times = {(row["op"], tuple(row["shape"])): row for row in record["results"]}
+        ops = [op for op in dict.fromkeys(op for op, _ in times) if op != "attention"]
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        lines += [f"`{record['command']}`, {record['device']}, {record['date'][:10]}; {versions}:", ""]
+        names = ["b, t, h, k, v", *ops, "attention, 16 x 128"]
+        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for shape in dict.fromkeys(shape for op, shape in times if op != "attention"):
+            rows = [*(times.get((op, shape)) for op in ops), times.get(("attention", (*shape[:2], 16, 128, 128)))]
+            numbers = (f"{x['forward']:.2f} / {x['forward and backward']:.2f}" if x else "-" for x in rows)
+            lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(numbers)} |")
+        lines.append("")
+    return "\n".join(lines) or "Not run yet.\n"
 
 
 def forward_table() -> str:
@@ -339,6 +357,7 @@ def roundings_table() -> str:
 
 TABLES = {
     "op timings": op_table,
+    "peers": peers_table,
     "training speed": speed_table,
     "training steps": train_table,
     "op plots": op_plots,

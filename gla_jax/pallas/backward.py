@@ -69,6 +69,9 @@ def backward(
       saved: the forward's States of the same arguments; for k and v up to 128, and not for float16.
       config: the tuning; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
+
+    Raises:
+      ValueError: config is a tuning for narrower k and v.
     """
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
