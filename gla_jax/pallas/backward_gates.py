@@ -122,13 +122,16 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
       ds: dS' in float32, two tiles [k, v].
       scale: factor of o.
       wait_values: waits for v, do and the state.
-      free_tokens: waits until what the last chunk made is stored.
+      free_tokens: waits until what the last chunk made is stored; meanwhile every warp has read the row.
 
     Returns:
       dq and dk, [64, 64] of the tiles' dtype, and exp(B/2) along the rows.
     """
-    e, half = _centred(t)
-    e = e * LOG2_E
+    sums, total = _sums(t)
+    half = 0.5 * total
+    t.row[...] = half
+    plgpu.commit_smem()
+    e = (sums - along_columns(t.row)) * LOG2_E
     t.q[...] = (load(t.q) * (jnp.exp2(e) * scale)).astype(t.q.dtype)
     t.k[...] = (load(t.k) * jnp.exp2(-e)).astype(t.k.dtype)
     free_tokens()
@@ -163,21 +166,6 @@ def write_mask(lower, keep):
     """Ones where `keep` says so."""
     lower[...] = jnp.where(keep, 1.0, 0.0).astype(lower.dtype)
     plgpu.commit_smem()
-
-
-def _centred(t):
-    """E [64, 64], half the difference of the sums up to a token and of those after it, and B/2 along the rows."""
-
-    def run(up, down, total):
-        plgpu.wgmma(total, t.g.T, t.lower.at[LAST].T)
-        plgpu.wgmma(up, t.lower, t.g)
-        plgpu.wgmma(down, t.lower.T, t.g)
-        # No gate is positive: the least of the last sums is that of all tokens.
-        return up[...], down[...], 0.5 * jnp.min(total[...], axis=1)
-
-    wide = plgpu.ACC(TILE, jnp.float32)
-    up, down, half = pl.run_scoped(run, wide, wide, plgpu.ACC((CHUNK, 8), jnp.float32))
-    return 0.5 * (up - down + load(t.g)), half
 
 
 def _sums(t):
