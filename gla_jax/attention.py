@@ -247,7 +247,7 @@ def _on_each_device(run, arguments, outputs):
         return run(*arguments.values())
     dimensions = {"q": "btpk", "k": "bthk", "v": "bthv", "o": "btpv", "state": "bhkv", "dfinal": "bhkv"}
     # n chunks, and tiles of k and v.
-    dimensions |= {"states": "bhnij", "mild": "bhnl"}
+    dimensions |= {"states": "bhnijxy", "mild": "bhnl"}
     dimensions["g"] = "bth" if g is not None and g.ndim == 3 else "bthk"
     arrays = {name: x for name, x in arguments.items() if x is not None}
     some = lambda *given: run(*{**arguments, **dict(zip(arrays, given, strict=True))}.values())

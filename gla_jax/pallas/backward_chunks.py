@@ -78,7 +78,7 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
 
     Args:
       chunks: of a sequence; own: of them, a block's; each: of them, those of a walk, if sequences were cut for these:
-        states are [b * p, hk, each, k, v], d as many for h heads, decay [b * p, hk, each, k].
+        states are [b * p, hk, each, k / 64, v / 64, 64, 64], d as many for h heads, decay [b * p, hk, each, k].
       steps: v / 64.
       group: query heads of a key/value head. dk, dv and dg are those of each query head.
     """
@@ -129,13 +129,14 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
 
         def load_step(i, j, base, ring, stages):
             """Of the chunk's step j, or of one that goes through v again."""
-            column = pl.ds(lax.rem(j, jnp.int32(steps)) * CHUNK, CHUNK)
+            step = lax.rem(j, jnp.int32(steps))
+            column = pl.ds(step * CHUNK, CHUNK)
 
             def load_ring(ref, head, item):
                 slot = _ring_place(c, base, item, ring)
                 loaded = free("ring_free", slot)
-                for m, channels in key_blocks:
-                    copy(walked(ref, head, i).at[channels, column], s["ring"].at[slot, m], loaded)
+                for m in range(c.key_blocks):
+                    copy(walked(ref, head, i).at[m, step], s["ring"].at[slot, m], loaded)
 
             load_ring(states, kv_head, 2 * j)
             stage = lax.rem(j, jnp.int32(stages))

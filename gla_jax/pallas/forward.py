@@ -23,8 +23,8 @@ class States(NamedTuple):
     """What the forward leaves for `gla_jax.pallas.backward`, for chunks of 64 tokens, n in number.
 
     Attributes:
-      states: [b, hk, n, k, v] of q's dtype, k and v padded to tiles of 64: exp(B/2) S, S the state before the chunk and
-        B its decay, where 64 channels are mild (no B under -96), S where not.
+      states: [b, hk, n, k / 64, v / 64, 64, 64] of q's dtype, k and v padded: exp(B/2) S, S the state before the chunk
+        and B its decay, where 64 channels are mild (no B under -96), S where not.
       mild: [b, hk, n, k / 64] int32, 1 where they are.
     """
 
@@ -175,7 +175,8 @@ def _one_pass(
     if output_final_state:
         out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, key_size, value_size), jnp.float32))
     if output_states:
-        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, key_size, value_size), q.dtype))
+        tiles = config.key_blocks, value_size // WIDTH, WIDTH, WIDTH
+        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, *tiles), q.dtype))
         out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, config.key_blocks), jnp.int32))
     kernel = _kernel(
         forward_kernel,

@@ -96,7 +96,7 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
             interpret,
             initial=None if initial is None else initial.at[batch, kv_head, :, columns],
             final=None if final is None else final.at[batch, kv_head, :, columns],
-            states=None if states is None else states.at[batch, kv_head, :, :, columns],
+            states=None if states is None else states.at[batch, kv_head, :, :, part * first_gater + warpgroup],
             o=o.at[batch, :, head, columns],
             writes_states=first_of_group,
         )
@@ -270,7 +270,7 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
 def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, final, states, o, writes_states):
     """The matmul role: runs the recurrence over the chunks for 64 columns of v.
 
-    states: [n, k, 64], where what is read of the state that enters each chunk goes, read * S; or None.
+    states: [n, k / 64, 64, 64], where what is read of the state that enters each chunk goes, read * S; or None.
     """
     blocks, states_out = config.key_blocks, states
     rows = lambda x: lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
@@ -292,7 +292,7 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
     plgpu.commit_smem()
 
     def store_state(copy, n, i):
-        pl.when(writes_states)(lambda: plgpu.copy_smem_to_gmem(copy, states_out.at[n, pl.ds(i * CHUNK, CHUNK)]))
+        pl.when(writes_states)(lambda: plgpu.copy_smem_to_gmem(copy, states_out.at[n, i]))
 
     def start(i):
         if initial is None:
