@@ -215,8 +215,8 @@ def _forward_kernels(q, k, v, g, scale, state, output_final_state, output_states
     names = ["o", *(["state"] if output_final_state else []), *(["states", "mild"] if output_states else [])]
 
     def run(q, k, v, g, state):
-        o, state, *states = pallas.forward(q, k, v, g, scale, state, output_final_state, output_states=output_states)
-        return tuple(jax.tree.leaves((o, state, states)))
+        call = pallas.forward_and_states if output_states else pallas.forward
+        return tuple(jax.tree.leaves(call(q, k, v, g, scale, state, output_final_state)))
 
     found = _on_each_device(run, {"q": q, "k": k, "v": v, "g": g, "state": state}, names)
     found = dict(zip(names, found, strict=True))
@@ -247,7 +247,7 @@ def _on_each_device(run, arguments, outputs):
         return run(*arguments.values())
     dimensions = {"q": "btpk", "k": "bthk", "v": "bthv", "o": "btpv", "state": "bhkv", "dfinal": "bhkv"}
     # n chunks, and tiles of k and v.
-    dimensions |= {"states": "bhnijxy", "mild": "bhnl"}
+    dimensions |= {"states": "bhnij", "mild": "bhnl"}
     dimensions["g"] = "bth" if g is not None and g.ndim == 3 else "bthk"
     arrays = {name: x for name, x in arguments.items() if x is not None}
     some = lambda *given: run(*{**arguments, **dict(zip(arrays, given, strict=True))}.values())

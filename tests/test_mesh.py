@@ -93,13 +93,21 @@ def shapes_in_kernels(monkeypatch):
         options = {"scale": scale, "initial_state": state, "output_final_state": output_final_state}
         return gated_linear_attention(q, k, v, g, **options, implementation="xla")
 
-    def backward(q, k, v, g, scale, state, do, dfinal):
+    def forward_and_states(*given):
+        batch, _, heads, _ = given[1].shape
+        return *forward(*given), pallas.States(jnp.ones((batch, heads, 2, 64, 64)), jnp.ones((batch, heads, 2, 1)))
+
+    def backward(q, k, v, g, scale, state, do, dfinal, saved):
         seen.append(q.shape)
+        if saved is not None:
+            assert saved.states.shape[:2] == saved.mild.shape[:2] == (k.shape[0], k.shape[2])
+            seen.append("saved")
         call = lambda *given: forward(*given[:4], scale, given[4], dfinal is not None)
         return jax.vjp(call, q, k, v, g, state)[1]((do, dfinal))
 
     monkeypatch.setattr(pallas, "why_unsupported", lambda *_, **__: None)
     monkeypatch.setattr(pallas, "forward", forward)
+    monkeypatch.setattr(pallas, "forward_and_states", forward_and_states)
     monkeypatch.setattr(pallas, "backward", backward)
     jax.clear_caches()
     return seen
@@ -116,6 +124,17 @@ def test_kernels_run_on_each_share(kind, gate, states, shapes_in_kernels):
     check(run(mesh, ON_KERNELS, place(mesh, x, specs)), expected(x), results, mesh)
     # The first is traced whole, to find the results' shapes; the partitioner asks for a share.
     assert shapes_in_kernels[-1] == (1, 70, 2, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_states_that_the_forward_leaves_lie_as_its_arguments(kind, shapes_in_kernels, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pallas, "saves_states", lambda *given: asked.append(given[-1]) or True)
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2), mesh_of(kind)
+    specs, results = specs_of(x)
+    check(run(mesh, ON_KERNELS, place(mesh, x, specs)), expected(x), results, mesh)
+    assert shapes_in_kernels[-2:] == ["saved", (1, 70, 2, 8)]
+    assert asked[-1] == (8 if kind == AxisType.Auto else 1)
 
 
 def test_kernels_run_on_shares_that_only_results_ask_for(shapes_in_kernels):

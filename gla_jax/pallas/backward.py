@@ -130,7 +130,7 @@ def backward(
         n, out_type, inputs = pl.cdiv(length, CHUNK), [], []
         for kind, k, v, g, initial in walks:
             shape, of_states = ((), jnp.float32) if kind.totals else ((n,), dtype)
-            sizes = (keys, values) if kind.totals else (keys // WIDTH, values // WIDTH, WIDTH, WIDTH)
+            sizes = (keys, values) if kind.totals else (keys * values // WIDTH, WIDTH)
             out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, *sizes), of_states))
             if kind.has_decay:
                 out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, keys), jnp.float32))
@@ -197,7 +197,7 @@ def backward(
     else:
         if saved is not None:
             # Chunks past the end are read, too.
-            past = [(0, parts * chunks - saved.mild.shape[2] if i == 2 else 0) for i in range(7)]
+            past = [(0, parts * chunks - saved.mild.shape[2] if i == 2 else 0) for i in range(5)]
             states = jnp.pad(saved.states, past) if past[2][1] else saved.states
             mild = jnp.pad(saved.mild, past[:4], constant_values=1)
         else:

@@ -78,7 +78,7 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
 
     Args:
       chunks: of a sequence; own: of them, a block's; each: of them, those of a walk, if sequences were cut for these:
-        states are [b * p, hk, each, k / 64, v / 64, 64, 64], d as many for h heads, decay [b * p, hk, each, k].
+        states are [b * p, hk, each, k v / 64, 64], d as many for h heads, decay [b * p, hk, each, k].
       steps: v / 64.
       group: query heads of a key/value head. dk, dv and dg are those of each query head.
     """
@@ -136,7 +136,9 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
                 slot = _ring_place(c, base, item, ring)
                 loaded = free("ring_free", slot)
                 for m in range(c.key_blocks):
-                    copy(walked(ref, head, i).at[m, step], s["ring"].at[slot, m], loaded)
+                    copy(
+                        walked(ref, head, i).at[pl.ds((m * steps + step) * CHUNK, CHUNK)], s["ring"].at[slot, m], loaded
+                    )
 
             load_ring(states, kv_head, 2 * j)
             stage = lax.rem(j, jnp.int32(stages))

@@ -111,7 +111,7 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
             for j in range(VALUE_BLOCKS):
                 copy(v.at[batch, tokens(i), kv_head, columns(j)], s["v"].at[slot, j], loaded)
                 for m in range(blocks):
-                    copy(before(states, i).at[m, j], s["state"].at[slot, m, j], loaded)
+                    copy(before(states, i).at[channels(m * VALUE_BLOCKS + j)], s["state"].at[slot, m, j], loaded)
 
         def load_cotangents(i):
             slot = lax.rem(i, jnp.int32(config.value_stages))

@@ -109,8 +109,8 @@ class Walk(NamedTuple):
 def states_kernel(*refs, config, chunks, blocks, value_parts, walks):
     """The body; refs are k, v, g, [initial state] of every walk, then states, [decay], [last] of each, the scratch.
 
-    states is [b, h, n, k / 64, v / 64, 64, 64] and decay [b, h, n, k]; with totals, [b, h, k, v] and [b, h, k] in
-    float32. last is the last state [b, h, k, v] in float32. The grid's last axis has `blocks` of each walk, and its
+    states is [b, h, n, k v / 64, 64] (forward.States) and decay [b, h, n, k]; with totals, [b, h, k, v] and [b, h, k]
+    in float32. last is the last state [b, h, k, v] in float32. The grid's last axis has `blocks` of each walk, and its
     second the most heads.
     """
     *refs, s = refs
@@ -140,7 +140,13 @@ def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, 
     def _compute():
         mine = channels(warpgroup)
         of_chunk = lambda x, n: x.at[batch, head] if walk.totals else x.at[batch, head, n]
-        of_tile = lambda i: (key_part * config.key_blocks + warpgroup, value_part * VALUE_BLOCKS + i)
+        row = (key_part * config.key_blocks + warpgroup) * value_parts + value_part
+
+        def place(n, i):
+            if walk.totals:
+                return of_chunk(states, n).at[mine, columns(i)]
+            return of_chunk(states, n).at[pl.ds((row * VALUE_BLOCKS + i) * CHUNK, CHUNK)]
+
         of_head = lambda x: None if x is None else [x.at[batch, head, mine, columns(i)] for i in range(VALUE_BLOCKS)]
         _carry_states(
             s,
@@ -149,7 +155,7 @@ def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, 
             chunks,
             walk,
             initial=of_head(initial),
-            states=lambda n, i: of_chunk(states, n).at[(mine, columns(i)) if walk.totals else of_tile(i)],
+            states=place,
             decay=None if decay is None else lambda n: of_chunk(decay, n).at[mine],
             last=of_head(last),
             first_of_values=value_part == 0,

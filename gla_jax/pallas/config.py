@@ -125,7 +125,7 @@ _GATE = {
     4: ForwardConfig(4, 0, 2, 2, 8, 4, 0, 1, matmul_registers=0, gate_registers=208, load_registers=40),
 }
 _NARROW = ForwardConfig(1, 1, 2, 1, 4, 4, 4, 2, matmul_registers=120, gate_registers=184)
-_WIDE = ForwardConfig(2, 2, 1, 1, 4, 4, 2, 2, matmul_registers=144, gate_registers=200)
+_WIDE = ForwardConfig(2, 2, 1, 1, 4, 4, 3, 2, matmul_registers=136, gate_registers=216)
 # The GPU's multiprocessors; blocks that fill it; blocks that leave most of it idle.
 _BLOCKS, _FULL, _FEW = 132, 120, 33
 

@@ -23,8 +23,9 @@ class States(NamedTuple):
     """What the forward leaves for `gla_jax.pallas.backward`, for chunks of 64 tokens, n in number.
 
     Attributes:
-      states: [b, hk, n, k / 64, v / 64, 64, 64] of q's dtype, k and v padded: exp(B/2) S, S the state before the chunk
-        and B its decay, where 64 channels are mild (no B under -96), S where not.
+      states: [b, hk, n, k v / 64, 64] of q's dtype, k and v padded: tiles of 64 x 64 in one column, those of the same
+        channels next to each other. exp(B/2) S, S the state before the chunk and B its decay, where 64 channels are
+        mild (no B under -96), S where not.
       mild: [b, hk, n, k / 64] int32, 1 where they are.
     """
 
@@ -32,21 +33,33 @@ class States(NamedTuple):
     mild: Array
 
 
-def saves_states(q: Query, k: Key, v: Value, g: Gate | None, devices: int = 1) -> bool:
-    """Whether `forward` can leave the states that the backward reads, at no more than 40 % of q, k, v, g and o.
+def saves_states(
+    q: Query | jax.ShapeDtypeStruct,
+    k: Key | jax.ShapeDtypeStruct,
+    v: Value | jax.ShapeDtypeStruct,
+    g: Gate | jax.ShapeDtypeStruct | None,
+    devices: int = 1,
+) -> bool:
+    """Whether `forward` can leave the states that the backward reads, in at most 40 % of the bytes of q, k, v, g and o.
 
-    That is where it takes one pass, in k up to 128 and v from 65 to 128. Gates in float32 are rounded in the backward,
-    and its states are of the rounded ones.
+    It does in one pass, for v from 65 to 128. Gates in float32 are rounded in the backward, and its states are of the
+    rounded ones.
 
     Args:
       q, k, v, g: as `forward`'s; only shapes and dtypes are read.
       devices: how many at most share batch and heads.
     """
     batch, time, heads, key_size = q.shape
-    if q.dtype != jnp.bfloat16 or (g is not None and g.dtype != q.dtype) or not WIDTH < v.shape[-1] <= 2 * WIDTH:
+    kv_heads, value_size = v.shape[2:]
+    if q.dtype != jnp.bfloat16 or (g is not None and g.dtype != q.dtype) or not WIDTH < value_size <= 2 * WIDTH:
         return False
-    config = choose_forward(key_size, v.shape[-1], batch * heads // devices, pl.cdiv(time, CHUNK), q.dtype)
-    return isinstance(config, ForwardConfig)
+    config = choose_forward(key_size, value_size, batch * heads // devices, pl.cdiv(time, CHUNK), q.dtype)
+    if not isinstance(config, ForwardConfig):
+        return False
+    # Numbers a token.
+    gates = 0 if g is None else kv_heads if g.ndim == 3 else kv_heads * key_size
+    own = (heads + kv_heads) * (key_size + value_size) + gates
+    return 5 * kv_heads * config.key_blocks * WIDTH * 2 * WIDTH // CHUNK <= 2 * own
 
 
 def why_unsupported(
@@ -92,10 +105,9 @@ def forward(
     initial_state: State | Callable[[Array, Array], Array] | None = None,
     output_final_state: bool = False,
     *,
-    output_states: bool = False,
     config: ForwardConfig | tuple[ForwardConfig, ScanConfig] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> Any:
+) -> tuple[Array, State | None]:
     """The gated scan S_t = Diag(exp g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t in Mosaic GPU kernels.
 
     Args:
@@ -108,14 +120,38 @@ def forward(
         these tokens do to a state, S -> decay S + own, all three transposed as the second pass has them: float32 decay
         [b, hk, 1, k], own [b, hk, v, k] and result [b, hk, v, k].
       output_final_state: whether to return the state after the last token.
-      output_states: whether to return the states before all chunks; only where `saves_states` says so.
       config: the tuning, of two passes for a function; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
 
     Returns:
-      o [b, t, h, v] of v's dtype, and the final state [b, hk, k, v] in float32 or None; with output_states the States
-      as a third.
+      o [b, t, h, v] of v's dtype, and the final state [b, hk, k, v] in float32 or None.
     """
+    return _forward(q, k, v, g, scale, initial_state, output_final_state, False, config, interpret)[:2]
+
+
+def forward_and_states(
+    q: Query,
+    k: Key,
+    v: Value,
+    g: Gate | None,
+    scale: float,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    *,
+    config: ForwardConfig | tuple[ForwardConfig, ScanConfig] | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Array, State | None, States]:
+    """`forward`'s two results and the states before all chunks, for `backward`; where `saves_states` says so.
+
+    Raises:
+      ValueError: the tuning is of two passes, which keep no states.
+    """
+    o, state, states = _forward(q, k, v, g, scale, initial_state, output_final_state, True, config, interpret)
+    assert states is not None
+    return o, state, states
+
+
+def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states, config, interpret):
     batch, time, heads, key_size = q.shape
     value_size = v.shape[-1]
     gate_parts = 0 if g is None or g.ndim == 3 else 1 if g.dtype == q.dtype else 2
@@ -140,15 +176,12 @@ def forward(
 
     elif initial_state is not None:
         initial_state = _pad(initial_state, widths[0], widths[1], axes=(2, 3))
+    if output_states and not one_pass:
+        raise ValueError("config must be of one pass where states are returned, got one of two")
+    run = functools.partial(_one_pass, output_states=output_states) if one_pass else _two_passes
     options = {"config": config, "chunks": chunks, "gate_parts": gate_parts, "interpret": interpret}
-    if one_pass:
-        options["output_states"] = output_states
-    elif output_states:
-        raise ValueError("output_states=True takes one pass, and the tuning has two")
-    run = _one_pass if one_pass else _two_passes
     o, state, states = run(q, k, v, g, scale, initial_state, output_final_state, **options)
-    found = o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size]
-    return (*found, states) if output_states else found
+    return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size], states
 
 
 def _kernel(body, threads, scratch, out_type, grid, config, interpret, **options):
@@ -175,7 +208,7 @@ def _one_pass(
     if output_final_state:
         out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, key_size, value_size), jnp.float32))
     if output_states:
-        tiles = config.key_blocks, value_size // WIDTH, WIDTH, WIDTH
+        tiles = key_size * value_size // WIDTH, WIDTH
         out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, *tiles), q.dtype))
         out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, config.key_blocks), jnp.int32))
     kernel = _kernel(

@@ -13,6 +13,7 @@ The carried state is rounded to the inputs' dtype only as an operand of q~ S.
 """
 
 import functools
+from typing import Any
 
 from jax import lax
 from jax import numpy as jnp
@@ -73,8 +74,10 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     """
     q, k, v, g, *refs, s = refs
     refs = iter(refs)
-    given = (has_initial, True, has_final, has_states, has_states)
-    initial, o, final, states, mild = (next(refs) if there else None for there in given)
+    initial = next(refs) if has_initial else None
+    o = next(refs)
+    final = next(refs) if has_final else None
+    states, mild = refs if has_states else (None, None)
     warpgroup = lax.axis_index("role")
     batch, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
     kv_head = lax.div(head, jnp.int32(group))
@@ -87,6 +90,7 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     def _matmul():
         plgpu.set_max_registers(config.matmul_registers, action=config.action(config.matmul_registers))
         columns = pl.ds(v_start + warpgroup * CHUNK, CHUNK)
+        place = lambda i: pl.ds((i * (o.shape[3] // CHUNK) + part * first_gater + warpgroup) * CHUNK, CHUNK)
         carry_states(
             s,
             warpgroup,
@@ -96,7 +100,7 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
             interpret,
             initial=None if initial is None else initial.at[batch, kv_head, :, columns],
             final=None if final is None else final.at[batch, kv_head, :, columns],
-            states=None if states is None else states.at[batch, kv_head, :, :, part * first_gater + warpgroup],
+            saved=None if states is None else lambda n, i: states.at[batch, kv_head, n, place(i)],
             o=o.at[batch, :, head, columns],
             writes_states=first_of_group,
         )
@@ -106,7 +110,7 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
         plgpu.set_max_registers(config.gate_registers, action=config.action(config.gate_registers))
         gater = warpgroup - first_gater
 
-        def note(n, block, is_mild):
+        def note(n, block, is_mild, mild: Any = mild):
             @pl.when(first_of_group & (part == 0))
             def _write():
                 mild[batch, kv_head, n, block] = jnp.where(is_mild, 1, 0).astype(jnp.int32)
@@ -267,12 +271,12 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
             plgpu.barrier_wait(s["scores_free"].at[n % config.score_slots])
 
 
-def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, final, states, o, writes_states):
+def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, final, saved, o, writes_states):
     """The matmul role: runs the recurrence over the chunks for 64 columns of v.
 
-    states: [n, k / 64, 64, 64], where what is read of the state that enters each chunk goes, read * S; or None.
+    saved: by chunk and 64 channels, where what is read of the state that enters goes, read * S; or None.
     """
-    blocks, states_out = config.key_blocks, states
+    blocks = config.key_blocks
     rows = lambda x: lax.broadcast_in_dim(x, (CHUNK, CHUNK), (0,))
     load_factor = lambda slot, j: plgpu.layout_cast(s["factors"][j, slot], _ROWS)
 
@@ -281,7 +285,7 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
         return s["copy"].at[warpgroup, lax.rem(n * (blocks + 1) + i, jnp.int32(2))]
 
     def wait_copy(i):
-        if states_out is not None:
+        if saved is not None:
             # If every turn is stored, the one before may still be read.
             plgpu.wait_smem_to_gmem(1 if writes_states is True else 0, wait_read_only=True)
         elif i == 1:
@@ -292,7 +296,7 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
     plgpu.commit_smem()
 
     def store_state(copy, n, i):
-        pl.when(writes_states)(lambda: plgpu.copy_smem_to_gmem(copy, states_out.at[n, i]))
+        pl.when(writes_states)(lambda: plgpu.copy_smem_to_gmem(copy, saved(n, i)))
 
     def start(i):
         if initial is None:
@@ -318,7 +322,7 @@ def carry_states(s, warpgroup, config, chunks, scale, interpret, *, initial, fin
                 kept = states[i] * rows(posts[i] * load_factor(slot, 1))
                 posts[i] = load_factor(slot, 2)
                 plgpu.commit_smem()
-                if states_out is not None:
+                if saved is not None:
                     store_state(copy, n, i)
                 if i == 0:
                     plgpu.barrier_wait(s["v_loaded"].at[v_slot])

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 
 from gla_jax import gated_linear_attention, pallas
+from gla_jax.pallas import forward_and_states
 from gla_jax.pallas.backward import backward
 from gla_jax.pallas.backward_config import BackwardConfig, ChunksConfig, choose_backward, choose_time_parts
+from gla_jax.pallas.config import _NARROW, _WIDE, choose_forward
 
 from . import small
-from .small import GATES, arguments, lower_for_h100, recurrence_gradients, relative
+from .small import GATES, arguments, lower_for_h100, recurrence, recurrence_gradients, relative
 
 # b, t, h, hk, k, v: both tunings, tails of a chunk, padded k and v, grouped heads.
 SHAPES = [(1, 70, 2, 1, 128, 128), (1, 130, 1, 1, 64, 64), (2, 20, 1, 1, 40, 24)]
@@ -127,9 +130,12 @@ def test_a_gate_a_token_and_none(gate):
     assert max(relative(x, y) for x, y in zip(got, want, strict=True)) < 8e-3
 
 
-@pytest.mark.parametrize(("power", "kernels"), [(1, 3), pytest.param(2, 4, marks=pytest.mark.exhaustive)])
-def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch):
-    """The forward's, once more only if its output is needed again, and two of the backward."""
+@pytest.mark.parametrize(
+    ("value_size", "power", "kernels"),
+    [(64, 1, 3), (128, 2, 3), *(pytest.param(*x, marks=pytest.mark.exhaustive) for x in [(64, 2, 4), (128, 1, 3)])],
+)
+def test_checkpoint_runs_no_kernel_more_than_needed(value_size, power, kernels, monkeypatch):
+    """The forward's, once more only if its output or its states are needed again, and those of the backward."""
     monkeypatch.setattr(pallas, "why_unsupported", functools.partial(pallas.why_unsupported, platform="hopper"))
     monkeypatch.setattr("gla_jax.attention.runs_on_one_device", lambda q: True)
     # As with many heads: the forward in one pass.
@@ -139,9 +145,77 @@ def test_checkpoint_runs_no_kernel_more_than_needed(power, kernels, monkeypatch)
         o, _ = gated_linear_attention(q, k, v, g, implementation="mosaic_gpu")
         return (o.astype(jnp.float32) ** power).sum()
 
-    x = jax.ShapeDtypeStruct((1, 128, 1, 64), "bfloat16")
+    x, v = (jax.ShapeDtypeStruct((1, 128, 1, size), "bfloat16") for size in (64, value_size))
     f = jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2, 3))
-    assert lower_for_h100(f, x, x, x, x).as_text().count("@mosaic_gpu") == kernels
+    assert lower_for_h100(f, x, x, v, x).as_text().count("@mosaic_gpu") == kernels
+
+
+def with_states(call, tuning, parts, q, k, v, g, scale, state, do, dfinal):
+    """The gradients by way of the states that the forward leaves, with the tuning of many heads."""
+    o, final, states = call(forward_and_states)(q, k, v, g, scale, state, output_final_state=True, config=tuning)
+    assert all(relative(x, y) < 5e-3 for x, y in zip((o, final), recurrence(q, k, v, g, scale, state), strict=True))
+    config = dataclasses.replace(choose_backward(k.shape[-1], v.shape[-1], q.dtype), time_parts=parts)
+    return call(backward)(q, k, v, g, scale, state, do, dfinal, saved=states, config=config)
+
+
+# By k / 64: chunks with a tail, in parts that do not divide them, padded k and v, grouped heads.
+SAVED = {1: (2, 140, 1, 1, 40, 100), 2: (1, 70, 2, 1, 80, 128)}
+TRIED = {(1, "late"), (2, "resets")}
+TUNING = {1: _NARROW, 2: _WIDE}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kind"),
+    [
+        pytest.param(
+            blocks, kind, marks=() if (blocks, kind) in {(1, "late"), (2, "resets")} else pytest.mark.exhaustive
+        )
+        for blocks in SAVED
+        for kind in GATES
+    ],
+)
+def test_states_from_the_forward(blocks, kind):
+    call = lambda f: functools.partial(small.interpreted, f)
+    check(functools.partial(with_states, call, TUNING[blocks], 2 // blocks), kind, *SAVED[blocks])
+
+
+@pytest.mark.parametrize("gate", ["a token", pytest.param("none", marks=pytest.mark.exhaustive)])
+def test_states_from_the_forward_of_a_gate_a_token(gate):
+    q, k, v, g, state = arguments("late", 1, 140, 1, 64, 128)
+    g = g[..., 0] if gate == "a token" else None
+    do, dfinal = cotangents(v, 1, state, "bfloat16")
+    call = lambda f: functools.partial(small.interpreted, f)
+    got = with_states(call, TUNING[1], 1, q, k, v, g, 1.0, state, do, dfinal)
+    wide = jnp.zeros(k.shape) if g is None else jnp.broadcast_to(g[..., None], k.shape)
+    want = list(recurrence_gradients(q, k, v, wide, 1.0, state, do, dfinal))
+    want[3] = None if g is None else want[3].sum(-1)
+    assert max(relative(x, y) for x, y in zip(got, want, strict=True) if x is not None) < 8e-3
+
+
+def test_which_states_are_saved():
+    shape = lambda *s, dtype="bfloat16": jax.ShapeDtypeStruct(s, dtype)
+
+    def saves(heads, k, v, gate="channel", dtype="bfloat16", kv_heads=None, devices=1):
+        hk = kv_heads or heads
+        g = {"channel": shape(8, 2048, hk, k), "wide": shape(8, 2048, hk, k, dtype="float32"), "none": None}
+        g["token"] = shape(8, 2048, hk)
+        q, key, value = shape(8, 2048, heads, k, dtype=dtype), shape(8, 2048, hk, k), shape(8, 2048, hk, v)
+        return pallas.saves_states(q, key, value, g[gate], devices)
+
+    assert saves(16, 128, 128)
+    assert saves(16, 64, 128, "token")
+    assert saves(16, 64, 128, "none")
+    # More than 40 % of what the call itself takes.
+    assert not saves(16, 128, 128, "token")
+    assert not saves(32, 72, 72)
+    assert saves(16, 128, 128, "token", kv_heads=8)
+    # Gates that the backward rounds, a range that it scales, states that another kernel makes, two passes.
+    assert not saves(16, 128, 128, "wide")
+    assert not saves(16, 128, 128, dtype="float16")
+    assert not saves(16, 128, 256)
+    assert not saves(16, 64, 64)
+    assert not saves(2, 128, 128)
+    assert not saves(16, 128, 128, devices=2)
 
 
 @pytest.mark.exhaustive
@@ -233,6 +307,11 @@ def test_config_is_checked():
     with pytest.raises(ValueError, match="lends"):
         ChunksConfig(4, token_stages=2, ring=3, value_stages=2, lends=True)
     q, v = jnp.ones((1, 64, 1, 64), "bfloat16"), jnp.ones((1, 64, 1, 192), "bfloat16")
+    with pytest.raises(ValueError, match="must be of one pass"):
+        forward_and_states(q, q, v, q, 1.0, config=choose_forward(64, 192, 1, 1, q.dtype))
+    states = pallas.States(jnp.ones((1, 1, 1, 192, 64), q.dtype), jnp.ones((1, 1, 1, 1), jnp.int32))
+    with pytest.raises(ValueError, match="saved must be None for k or v above 128"):
+        backward(q, q, v, q, 1.0, None, v, saved=states)
     with pytest.raises(ValueError, match="up to 128, not 64 and 192"):
         backward(q, q, v, q, 1.0, None, v, config=choose_backward(64, 64, q.dtype))
 
@@ -259,6 +338,15 @@ def test_the_initial_states_gradient_outlives_float16(scalar, gate_dtype):
 @pytest.mark.parametrize("kind", GATES)
 def test_on_the_gpu(kind, shape, dtype):
     check(on_the_gpu, kind, *shape, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", SAVED)
+@pytest.mark.parametrize("kind", GATES)
+def test_states_from_the_forward_on_the_gpu(kind, blocks):
+    static = ("scale", "config", "output_final_state")
+    call = lambda f: jax.jit(f, static_argnames=[x for x in inspect.signature(f).parameters if x in static])
+    check(functools.partial(with_states, call, TUNING[blocks], 2 // blocks), kind, *SAVED[blocks])
 
 
 @pytest.mark.gpu
