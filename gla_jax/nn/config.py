@@ -99,6 +99,12 @@ class ModelConfig(Checked):
         raise NotImplementedError
 
     @property
+    def cache_limit(self) -> int | None:
+        """The most tokens that decoding can see: the least of its mixers' cache_limit, or None."""
+        attending = (mixer for mixer in self.mixers if isinstance(mixer, SoftmaxAttentionConfig))
+        return min((mixer.cache_limit for mixer in attending if mixer.cache_limit is not None), default=None)
+
+    @property
     def norms(self) -> str:
         """Norm of the residual stream: rms or layer."""
         return "rms"

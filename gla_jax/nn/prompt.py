@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from gla_jax import files
 from gla_jax.array_types import Array
+from gla_jax.nn.softmax_attention import check_room
 
 __all__ = ["PromptState", "load_state", "prefill_in_pieces", "read_prompt", "save_state"]
 
@@ -39,8 +40,10 @@ def read_prompt(
     prompt, lengths = checked_prompt(prompt, prompt_lengths, prefill_chunk)
     if state is not None:
         check_state("state", model, state, prompt.shape[0])
+    limit, cache = cast(Any, model).config.cache_limit, None if state is None else state.cache
+    check_room("prompt", limit, cache, longest(prompt, lengths))
     graphdef, params = nnx.split(model)
-    return _read(graphdef, params, prompt, lengths, None if state is None else state.cache, prefill_chunk)
+    return _read(graphdef, params, prompt, lengths, cache, prefill_chunk)
 
 
 def save_state(path: Path | str, state: PromptState) -> None:
@@ -81,6 +84,13 @@ def checked_prompt(prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array
         if not isinstance(lengths, jax.core.Tracer) and (lengths.min() < 1 or lengths.max() > t):
             raise ValueError(f"prompt_lengths: must be from 1 to t = {t}, got {lengths.tolist()}")
     return prompt.astype(jnp.int32), lengths
+
+
+def longest(prompt: Array, lengths: Array | None) -> int:
+    """Tokens of the longest prompt; 1 if that is traced."""
+    if lengths is None:
+        return prompt.shape[1]
+    return 1 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
 
 
 def check_state(name: str, model: Any, state: PromptState, batch: int | None = None) -> None:

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
@@ -15,7 +16,7 @@ from gla_jax.nn.rope import positions_after, rotate
 from gla_jax.nn.sharding import linear
 from gla_jax.segments import segment_starts
 
-__all__ = ["SoftmaxAttention", "SoftmaxAttentionConfig"]
+__all__ = ["SoftmaxAttention", "SoftmaxAttentionConfig", "check_room"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class SoftmaxAttentionConfig(MixerConfig):
     window: int | None = None
     """Tokens that a token sees, itself and those before it (sliding-window attention); None for all."""
     cache_size: int = 2048
-    """Tokens that decoding keeps, if window is None: past it, a token sees the newest cache_size alone."""
+    """Tokens that decoding keeps, if window is None; more are refused where their number is known."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding."""
     qkv_bias: bool = False
@@ -51,6 +52,11 @@ class SoftmaxAttentionConfig(MixerConfig):
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise ValueError(f"num_kv_heads: must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
 
+    @property
+    def cache_limit(self) -> int | None:
+        """The most tokens that decoding can see: cache_size, or None with a window, which needs no more than it has."""
+        return self.cache_size if self.window is None else None
+
     def build(self, hidden_size: int, **common: Any) -> "SoftmaxAttention":
         """The layer."""
         return SoftmaxAttention(hidden_size, **self.options(), **common)
@@ -63,9 +69,11 @@ class SoftmaxAttention(nnx.Module):
         y = concat_heads(softmax(head_size^-0.5 q k^T, over the tokens in the window) v) W_o
 
     by `jax.nn.dot_product_attention`. The cache is a ring of the newest `window` (or cache_size) keys and values,
-    {"k", "v": [b, w, hk, head_size], "position": [b]}: decoding beyond cache_size tokens goes on with a sliding window
-    of that size. `prefill` itself sees all tokens that it is given. Arguments and errors as in `GatedLinearAttention`,
-    where `implementation` and `norm_eps` have no meaning here; options are the fields of `SoftmaxAttentionConfig`.
+    {"k", "v": [b, w, hk, head_size], "position": [b]}. Without a window, `prefill` and `step` raise a ValueError for
+    more than cache_size tokens, if their number is known: it is not in compiled code that is handed the position, nor
+    with segment_ids. There a token sees the newest cache_size, itself among them, in whatever pieces they come.
+    Arguments and errors as in `GatedLinearAttention`, where `implementation` and `norm_eps` have no meaning here;
+    options are the fields of `SoftmaxAttentionConfig`.
     """
 
     def __init__(
@@ -116,13 +124,15 @@ class SoftmaxAttention(nnx.Module):
             return self._output(y, x.shape)
         documents = _documents(segment_ids)
         mask = (documents[:, :, None] == documents[:, None]) & (segment_ids >= 0)[:, None]
-        mask &= self._near(position[:, :, None], position[:, None])
+        mask &= _near(position[:, :, None], position[:, None], self.config.window)
         return self._output(jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), x.shape)
 
     def prefill(
         self, x: Float[Array, "b t d"], cache: dict[str, Array], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         """The layer over x [b, t, d] after what the cache has seen; padding as in `GatedLinearAttention.prefill`."""
+        if segment_ids is None:
+            check_room("x", self.config.cache_limit, cache, x.shape[1])
         size, (batch, time, _) = cache["k"].shape[1], x.shape
         position, after = positions_after(x.shape[:2], cache["position"], segment_ids)
         q, k, v = self._heads(x, position)
@@ -132,7 +142,7 @@ class SoftmaxAttention(nnx.Module):
         places = _places(cache["position"], size)
         seen = jnp.broadcast_to((places >= 0)[:, None], (batch, time, size)) & (documents == 0)[..., None]
         own = (documents[:, :, None] == documents[:, None]) & valid[:, None]
-        near = self._near(position[:, :, None], jnp.concatenate([places, position], 1)[:, None])
+        near = _near(position[:, :, None], jnp.concatenate([places, position], 1)[:, None], size)
         mask = jnp.concatenate([seen, own], 2) & near
         keys, values = (jnp.concatenate([cache[n].astype(y.dtype), y], 1) for n, y in (("k", k), ("v", v)))
         y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
@@ -147,6 +157,7 @@ class SoftmaxAttention(nnx.Module):
         self, x: Float[Array, "b d"], cache: dict[str, Array], layer_input: Any = None
     ) -> tuple[Float[Array, "b d"], dict[str, Array]]:
         """The layer for one token x [b, d] after what the cache has seen; time and memory are those of a full cache."""
+        check_room("x", self.config.cache_limit, cache, 1)
         size, position = cache["k"].shape[1], cache["position"]
         q, k, v = self._heads(x[:, None], position[:, None])
         rows = jnp.arange(x.shape[0])
@@ -163,12 +174,28 @@ class SoftmaxAttention(nnx.Module):
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_size) for p in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, position, self.config.rope_theta), rotate(k, position, self.config.rope_theta), v
 
-    def _near(self, query: Array, key: Array) -> Array:
-        near = key <= query
-        return near if self.config.window is None else near & (query - key < self.config.window)
-
     def _output(self, y: Array, shape: tuple[int, ...]) -> Array:
         return self.o_proj(y.reshape(*shape[:2], -1))
+
+
+def check_room(name: str, limit: int | None, cache: Any, new: int) -> None:
+    """A ValueError if the cache's and `new` tokens are known to be more than `limit`; a traced position counts as 0."""
+    if limit is None:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(cache)
+    positions = [x for path, x in leaves if path[-1] == jax.tree_util.DictKey("position")]
+    known = (x for x in positions if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True))
+    seen = max((int(np.max(np.asarray(x))) for x in known), default=0)
+    if seen + new > limit:
+        raise ValueError(
+            f"{name}: softmax attention without a window must have at most cache_size = {limit} tokens, "
+            f"got {new} after {seen}"
+        )
+
+
+def _near(query: Array, key: Array, window: int | None) -> Array:
+    near = key <= query
+    return near if window is None else near & (query - key < window)
 
 
 def _documents(segment_ids: Ids) -> Array:
