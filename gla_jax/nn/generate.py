@@ -74,7 +74,7 @@ def generate(
       ValueError: naming the argument and what is allowed.
     """
     prompt, lengths = _checked_start(model, prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
-    draw, top_k = _checked_draw(key, temperature, top_k, top_p)
+    draw, top_k = checked_draw(key, temperature, top_k, top_p)
     stops = _checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
     how = _How(top_k, stops, num_samples, prefill_chunk)
@@ -101,7 +101,7 @@ def stream(
     Ends after max_new_tokens, or when every row has met a stop token. Raises at the call, as `generate` does.
     """
     prompt, lengths = _checked_start(model, prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
-    draw, top_k = _checked_draw(key, temperature, top_k, top_p)
+    draw, top_k = checked_draw(key, temperature, top_k, top_p)
     how = _How(top_k, _checked_stops(stop_tokens), num_samples, prefill_chunk)
     graphdef, params = nnx.split(model)
 
@@ -192,7 +192,8 @@ def _checked_start(
     return prompt, lengths
 
 
-def _checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_Draw, int | None]:
+def checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_Draw, int | None]:
+    """What `sample` takes, or a ValueError that names the argument."""
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: must be 0 (the likeliest token) or positive, got {temperature!r}")
     if temperature > 0 and key is None:
