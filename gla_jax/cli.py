@@ -188,8 +188,8 @@ def _convert(config: ConvertConfig) -> None:
 def _eval(config: EvalConfig) -> None:
     if config.text is None and not config.tasks:
         raise InputError("argument --text or --tasks: give one of them, got neither")
-    for name, value, least in (("block", config.block, 2), ("bucket", config.bucket, 1)):
-        if value < least:
+    for name, value, least in (("block", config.block, 2), ("bucket", config.bucket, 1), ("limit", config.limit, 1)):
+        if value is not None and value < least:
             raise InputError(f"argument --{name}: must be at least {least}, got {value}")
     if _is_run(config.model):
         model, (tokenizer, end) = load_model(config.model), _tokens_of(config.model)

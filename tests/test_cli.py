@@ -127,6 +127,7 @@ def test_values_that_only_the_library_can_judge_name_the_flag(tmp_path, capsys, 
     ("arguments", "message"),
     [
         (["eval", "nowhere"], "argument --text or --tasks: give one of them, got neither"),
+        (["eval", "nowhere", "--tasks=a", "--limit=0"], "argument --limit: must be at least 1, got 0"),
         (["eval", "nowhere", "--text=a", "--block=1"], "argument --block: must be at least 2, got 1"),
         (["eval", "nowhere", "--text=a"], "nowhere/config.json: no such file"),
         (["convert", "nowhere", "there"], "nowhere/config.json: no such file"),

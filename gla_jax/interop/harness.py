@@ -171,7 +171,7 @@ class _Asked(NamedTuple):
         if sampled and temperature == 0:
             raise ValueError(f"temperature: must be above 0 with do_sample, got {options.get('temperature')!r}")
         top_k = None if given.get("top_k") == 0 else given.get("top_k")
-        checked_draw(0, temperature, top_k, given.get("top_p"))
+        checked_draw(jax.random.key(0), temperature, top_k, given.get("top_p"))
         return cls(
             int(new if length is None else given[length]),
             temperature if sampled else 0.0,

@@ -204,6 +204,8 @@ def checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_D
         raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p!r}")
     if temperature == 0:
         return _Draw(None, None, None), None
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key: must be a jax.random.key, got {key!r}")
     return _Draw(key, temperature, top_p), top_k
 
 

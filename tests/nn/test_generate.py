@@ -9,6 +9,7 @@ from flax import nnx
 from gla_jax.files import CheckpointError
 from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, load_state, read_prompt, save_state, stream
 from gla_jax.nn.generate import _checked_start, _checked_stops, _compiled, _generate, checked_draw, likeliest, sample
+from gla_jax.nn.prompt import check_state
 
 from .family import CONFIGS
 from .options import OPTIONS, build, forward, tokens
@@ -241,6 +242,20 @@ def test_bad_arguments_are_named(model, function, arguments, says):
         (lambda: checked_draw(None, np.inf, None, None), "temperature: must be 0 (the likeliest token) or positive"),
         (lambda: checked_draw(None, 1.0, 1.5, None), "key: a temperature above 0 needs"),
         (lambda: checked_draw(0, 1.0, 1.5, None), "top_k: must be at least 1 or None, got 1.5"),
+        (lambda: checked_draw(0, 1.0, None, None), "key: must be a jax.random.key, got 0"),
+        (
+            lambda: _checked_start(None, [[1, 2], [3]], None, 1, 1, 8),
+            "prompt: must be an array of integers [b, t], got",
+        ),
+        (
+            lambda: _checked_start(None, "To be", None, 1, 1, 8),
+            "prompt: must be an array of integers [b, t], got",
+        ),
+        (
+            lambda: _checked_start(None, [[1]], "a", 1, 1, 8),
+            "prompt_lengths: must be an array of integers",
+        ),
+        (lambda: check_state("state", None, 3), "state: must be a PromptState, got int"),
         (lambda: checked_draw(0, 1.0, None, "0.9"), "top_p: must be above 0 and at most 1, or None, got '0.9'"),
         (lambda: _checked_stops(7), "stop_tokens: must be a sequence of integers, got 7"),
         (lambda: _checked_stops(("a",)), "stop_tokens: must be a sequence of integers, got ('a',)"),
