@@ -6,12 +6,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.attention import Implementation
-from gla_jax.nn.recurrent import MixerConfig, check_common
+from gla_jax.nn.recurrent import Layer, Making, MixerConfig
 from gla_jax.nn.rope import positions_after, rotate
 from gla_jax.nn.sharding import linear
 from gla_jax.segments import segment_starts
@@ -62,7 +60,7 @@ class SoftmaxAttentionConfig(MixerConfig):
         return SoftmaxAttention(hidden_size, **self.options(), **common)
 
 
-class SoftmaxAttention(nnx.Module):
+class SoftmaxAttention(Layer):
     """Causal softmax attention, as in Llama: the Transformer++ of arXiv 2312.06635, section 5.1.
 
         q, k, v = rope(x W_q), rope(x W_k), x W_v
@@ -76,20 +74,10 @@ class SoftmaxAttention(nnx.Module):
     options are the fields of `SoftmaxAttentionConfig`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = self.config = SoftmaxAttentionConfig(**options)
-        check_common(hidden_size, norm_eps, init_std, implementation)
+    config_type = SoftmaxAttentionConfig
+
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        self.config = config
         if config.head_size is None and hidden_size % config.num_heads:
             raise ValueError(f"num_heads: must divide hidden_size = {hidden_size}, got {config.num_heads}")
         self.head_size = config.head_size or hidden_size // config.num_heads
@@ -97,13 +85,12 @@ class SoftmaxAttention(nnx.Module):
             raise ValueError(f"head_size: rotary embedding needs an even head width, got {self.head_size}")
         self.num_kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         width, kv_width = config.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        weights = {"init_std": init_std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        bias = config.qkv_bias
+        weights, bias = making.weights, config.qkv_bias
         self.q_proj = linear(hidden_size, width, ("embed", "heads"), bias=bias, **weights)
         self.k_proj = linear(hidden_size, kv_width, ("embed", "kv_heads"), bias=bias, **weights)
         self.v_proj = linear(hidden_size, kv_width, ("embed", "kv_heads"), bias=bias, **weights)
         self.o_proj = linear(width, hidden_size, ("heads", "embed"), **weights)
-        self.dtype = dtype or param_dtype
+        self.dtype = making.dtype or making.param_dtype
 
     def init_cache(self, batch_size: int) -> dict[str, Array]:
         """The cache before the first token: zeros, and position 0."""
