@@ -143,7 +143,7 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
     if dialect == "official":
         return {**fields, "d_model": config.hidden_size, "n_layer": config.num_layers}, dialect
     fields |= {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers}
-    if config.feed_forward != "none":
+    if config.mlp != "none":
         fields["intermediate_size"] = config.mlp_width
     eps = {"llama": "rms_norm_eps", "mamba": "layer_norm_epsilon"}.get(dialect, "norm_eps")
     fields[eps] = config.norm_eps
@@ -155,9 +155,9 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
         fields["max_position_embeddings"] = max(m.cache_size for m in attending)
     rwkv6 = dialect == "rwkv6"
     for name, given, allowed in (
-        ("norm", config.norms, "layer" if rwkv6 else "rms"),
-        ("embed_norm", config.norms_embedding, config.norms_embedding if rwkv6 else False),
-        ("mlp", config.feed_forward, {"rwkv6": "channel_mix", "mamba": "none"}.get(dialect, "swiglu")),
+        ("norm", config.norm, "layer" if rwkv6 else "rms"),
+        ("embed_norm", config.embed_norm, config.embed_norm if rwkv6 else False),
+        ("mlp", config.mlp, {"rwkv6": "channel_mix", "mamba": "none"}.get(dialect, "swiglu")),
     ):
         if given != allowed:
             raise CheckpointError(
@@ -363,7 +363,7 @@ def _write_rwkv6(mixer: RWKV6Config, config: ModelConfig) -> tuple[dict[str, Any
     fields: dict[str, Any] = {"model_type": "rwkv6", "architectures": ["RWKV6ForCausalLM"], "hidden_act": "sqrelu"}
     fields |= {"num_heads": mixer.num_heads, "expand_k": mixer.expand_k, "expand_v": mixer.expand_v}
     fields |= {"proj_low_rank_dim": mixer.shift_low_rank, "gate_low_rank_dim": mixer.gate_low_rank}
-    return {**fields, "norm_bias": True, "norm_first": config.norms_embedding}, "rwkv6"
+    return {**fields, "norm_bias": True, "norm_first": config.embed_norm}, "rwkv6"
 
 
 def _limit(x: _Fields, name: str) -> tuple[float, float | None]:

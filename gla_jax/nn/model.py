@@ -41,10 +41,10 @@ class CausalLM(nnx.Module):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         weights = {"init_std": config.init_std, **common}
-        norm = NORMS[config.norms]
+        norm = NORMS[config.norm]
         self.embed = embedding(config.vocab_size, config.hidden_size, **weights)
         self.embed_norm: Any = nnx.data(None)
-        if config.norms_embedding:
+        if config.embed_norm:
             self.embed_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
         self.lower_bounds: Any = nnx.data(None)
         if any(mixer.layer_input == "lower_bound" for mixer in config.mixers):
