@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch": 4,
         "steps": 500,
         "rates": [4e-3],
-        "seeds": 2,
+        "seeds": 3,
         "rows": 32,
     },
     "h100": {

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from flax import nnx
 
 from gla_jax.nn import CausalLM, CausalLMConfig
@@ -158,14 +159,15 @@ def lower(experiment: Experiment) -> tuple[Any, int]:
 def verdict(margins: Any) -> str:
     """Whether a claim was seen, from by how much each seed's runs have it: above 0 where they do.
 
-    "seen" if the mean is more than two of its standard errors above 0, "not seen" if as far below, else "not told apart
-    from chance"; of one seed, which has no spread, by the sign.
+    "seen" if the mean's 95 % confidence interval (Student's t over the seeds) lies above 0, "not seen" if below, else
+    "not told apart from chance"; of one seed, which has no spread, by the sign.
     """
     margins = np.asarray(margins, float)
     mean = margins.mean()
     if margins.size == 1:
         return "seen in the one seed" if mean > 0 else "not seen in the one seed"
-    if abs(mean) <= 2 * margins.std(ddof=1) / math.sqrt(margins.size):
+    sure = scipy.stats.t.ppf(0.975, margins.size - 1)
+    if abs(mean) <= sure * margins.std(ddof=1) / math.sqrt(margins.size):
         return "not told apart from chance"
     return "seen" if mean > 0 else "not seen"
 

@@ -134,9 +134,9 @@ def test_questions_of_mqar_have_the_answers_told():
 def test_a_claim_is_seen_if_the_seeds_have_it_by_more_than_chance():
     say = small_runs.verdict
     assert [say([1.0]), say([-1.0])] == ["seen in the one seed", "not seen in the one seed"]
-    # A mean of 1, with a standard error of 1 / sqrt(3) = 0.58, then of 0.35.
-    assert say([0.0, 1.0, 2.0]) == "not told apart from chance" == say([0.0, 0.0, 0.0])
-    assert [say([0.4, 1.0, 1.6]), say([-0.4, -1.0, -1.6])] == ["seen", "not seen"]
+    # The t of three seeds is 4.30: 1 with a deviation of 0.41 and of 0.40 on either side of it.
+    assert say([0.59, 1.0, 1.41]) == "not told apart from chance" == say([0.0, 0.0, 0.0])
+    assert [say([0.61, 1.0, 1.39]), say([-0.61, -1.0, -1.39])] == ["seen", "not seen"]
 
 
 def test_claims_of_mqar_are_compared():
