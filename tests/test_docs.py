@@ -1,7 +1,6 @@
 """Every Python block of the README and the docs runs, each page's blocks one after another."""
 
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -14,7 +13,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import extrapolation, ladder, lengths, mqar, op, plots, processes, small_runs, tables
-from gla_jax import cli, nn, records
+from gla_jax import cli, nn
 from gla_jax.nn.config import ModelConfig
 from gla_jax.nn.recurrent import MixerConfig
 from tests.test_api import on_the_page
@@ -44,17 +43,6 @@ def test_every_record_says_what_was_measured_where_and_when():
         record = json.loads(path.read_text())
         assert {"what", "command", "date", "device"} <= set(record), path
         assert shlex.split(record["command"]), path
-
-
-def test_records_begin_with_a_command_that_a_shell_reads(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("XLA_", "JAX_"))]:
-        monkeypatch.delenv(name)
-    assert records.shell(["python", "-m", "x", "GLA's widths"]) == "python -m x 'GLA'\"'\"'s widths'"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_dump_to=")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/tmp/some")
-    made = records.begin("op", ["python", "x.py"], packages=["flax"], device="cpu")
-    assert made["command"] == "XLA_FLAGS='--xla_gpu_autotune_level=0 --xla_dump_to=' python x.py"
-    assert (made["what"], made["device"], list(made["versions"])) == ("op", "cpu", ["jax", "jaxlib", "flax"])
 
 
 def test_the_op_is_timed_line_by_line(tmp_path, monkeypatch, capsys):
