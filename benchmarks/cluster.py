@@ -15,10 +15,8 @@ XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m benchmarks.cluster 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import importlib
-import importlib.metadata
 import json
 import statistics
 import sys
@@ -39,6 +37,7 @@ from jax.sharding import PartitionSpec as P
 
 from gla_jax import gated_linear_attention, sequence_parallel
 from gla_jax.nn import GLAConfig
+from gla_jax.records import begin
 from gla_jax.sequence_parallel import Pieces, _exchange
 from gla_jax.train import MeshConfig, TrainConfig, train
 from gla_jax.train.checkpoints import Checkpoints
@@ -394,11 +393,7 @@ def main() -> None:
             failed.append(name)
             continue
         record = {
-            "what": f"cluster {name}",
-            "command": " ".join(["python -m benchmarks.cluster", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": device,
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            **begin(f"cluster {name}", ["python", "-m", "benchmarks.cluster", *sys.argv[1:]], device=device),
             **found,
         }
         text = json.dumps(record, indent=1)

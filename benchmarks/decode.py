@@ -10,9 +10,7 @@ donated; both beside the time that reading and writing the states takes at the r
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
 import pathlib
 import sys
@@ -25,6 +23,7 @@ from flax import nnx
 from gla_jax import gated_linear_attention_step
 from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, read_prompt
 from gla_jax.nn.prompt import PromptState
+from gla_jax.records import begin
 from gla_jax.step import Stacked, step_in_stack
 
 BARS = {"tokens_per_s at batch 1": 450, "step over read and write at batch 128": 1.5}
@@ -143,7 +142,8 @@ def steps(config, batch, calls):
     return rows
 
 
-def main(arguments):
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--tiny", action="store_true")
@@ -152,14 +152,14 @@ def main(arguments):
     config, new, calls = GLAConfig.gla_1_3b().replace(**bfloat16), 256, 5
     batch, distances = 128, DISTANCES
     if options.tiny:
-        config, new, calls = GLAConfig.tiny().replace(implementation="xla", **bfloat16), 8, 2
+        config, new, calls = (
+            GLAConfig.tiny().replace(implementation="xla", num_layers=2, layer_unroll=1, **bfloat16),
+            8,
+            2,
+        )
         batch, distances = 4, (20, 100)
-    device = jax.devices()[0]
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "benchmarks/decode.py", *arguments]),
-        "device": device.device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        **begin("decode", ["python", "benchmarks/decode.py", *arguments], packages=["flax"]),
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.eval_shape(lambda: nnx.state(random_model(config))))),
         "bars": BARS,
     }
@@ -179,4 +179,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

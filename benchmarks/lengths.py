@@ -12,9 +12,7 @@ the record is written after each. Medians of repeats.
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -26,10 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.op import in_jax, milliseconds
 from benchmarks.op_gpu import inputs
-from benchmarks.peers import in_jax, milliseconds
 from benchmarks.processes import alone, compiling, each
 from gla_jax import gated_linear_attention
+from gla_jax.records import begin
 from gla_jax.train.bench import PRESETS as MODELS
 from gla_jax.train.bench import BenchTrainConfig, lower_step, time_steps
 
@@ -184,16 +183,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         row = measure(how, *every[given.line])
         print(json.dumps({"device": jax.devices()[0].device_kind} | row), flush=True)
         return row
+    words = ["python", "-m", "benchmarks.lengths", *(sys.argv[1:] if arguments is None else arguments)]
     record: dict[str, Any] = {
-        "what": f"{given.part} against length",
-        "command": " ".join(["python", "-m", "benchmarks.lengths", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": None,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **begin(f"{given.part} against length", words, device="no line has been measured"),
         "settings": how,
         "results": [],
         "failed": [],
-        "claims": {},
     }
     commands = [[given.part, "--preset", given.preset, "--line", str(i)] for i in range(len(every))]
     rows: dict[int, dict[str, Any]] = {}
@@ -206,11 +201,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             numbers = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in row.items())
             print(", ".join(numbers), flush=True)
         record["results"] = [rows[i] for i in sorted(rows)]
-        record["claims"] = claims(record["results"])
         if given.out is not None:
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(record, indent=1) + "\n")
-    for claim, seen in record["claims"].items():
+    for claim, seen in claims(record["results"]).items():
         print(f"{'seen' if seen else 'NOT seen'}: {claim}")
     return record
 

@@ -1,122 +1,233 @@
-"""Times the op's implementations, and the peers that are installed, in one run on one device; writes one JSON file.
+"""Times the op beside what a user would pick instead, forward and with the backward, on one device, and writes JSON.
 
-    pip install --no-deps jax-linear-attention==0.1.0 && pip install equinox      # the peer, for the CPU's run
-    python benchmarks/op.py cpu --out benchmarks/results/op-cpu.json
-    python benchmarks/op.py gpu --out benchmarks/results/op-xla-h100.json
+    gla-jax bench op                                                            # "gpu" where there is one, else "cpu"
+    python -m benchmarks.op gpu --out benchmarks/results/op-h100.json
+    python -m benchmarks.op cpu --out benchmarks/results/op-cpu.json            # pip install ".[peers]"
+    python -m benchmarks.op peers --out benchmarks/results/peers-h100.json      # and the same, on a GPU
+    python -m benchmarks.op slow-peers --limit 1200                             # minutes a line
+    python -m benchmarks.op tiny                                                # to see that it runs
 
-Milliseconds are medians over repeats; each repeat runs every entry once, so that drift falls on all alike.
+"attention" is causal softmax attention with 16 heads of 128, the width of the shapes, by cuDNN on GPUs. "fla" is
+flash-linear-attention's chunk_gla (PyTorch, Triton), which tries hundreds of kernels the first time that it sees a pair
+of widths, for minutes, unless TRITON_CACHE_DIR holds its choices: "peers" has the widths 256 and 512 alone of it,
+"slow-peers" the others. "jla" is jax-linear-attention's GLA. Inputs are normal, gates logsigmoid(normal) / 16 unless it
+says otherwise. Each line has a process and a time limit of its own: they compile beside each other, and are timed one
+by one, PyTorch's after JAX's. Milliseconds are medians of repeats; the file is written after each line.
 """
 
 import argparse
-import datetime
+import functools
 import importlib.metadata
+import importlib.util
 import json
+import os
 import pathlib
-import platform
+import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+from benchmarks.processes import alone, compiling, each
+from gla_jax.records import begin
 
-from gla_jax import gated_linear_attention
-
-# name: ((b, t, h, k, v), dtype, calls a timing)
-CASES = {
-    "cpu": ((1, 2048, 4, 128, 256), jnp.float32, 1),
-    "gpu": ((8, 2048, 4, 256, 512), jnp.bfloat16, 10),
+Shape = tuple[int, int, int, int, int]
+WIDE, NARROW = (8, 2048, 4, 256, 512), (8, 2048, 16, 128, 128)
+# (b, t, h, k, v)
+SHAPES: list[Shape] = [
+    *(WIDE, (32, 1024, 4, 256, 512), (1, 16384, 4, 256, 512)),
+    *(NARROW, (32, 1024, 16, 128, 128), (2, 8192, 16, 64, 128), (8, 2048, 4, 128, 256)),
+]
+GATES = {"mild": "", "logsigmoid": ", logsigmoid(normal) gates", "strong": ", a tenth of the gates from -5 to -inf"}
+PACKAGES = {"fla": "flash-linear-attention", "jla": "jax-linear-attention"}
+NAMES = {name: name for name in ("mosaic_gpu", "xla", "reference", "attention")} | PACKAGES
+HERE: Shape = (1, 2048, 4, 128, 256)
+SMALL: Shape = (1, 64, 1, 16, 16)
+# The kind of record, and each line's name, gates and shape. Beside 256 by 512 jla is its plain JAX.
+SETS: dict[str, tuple[str, list[tuple[str, str, Shape]]]] = {
+    "tiny": ("op", [("xla", "strong", SMALL), ("attention", "mild", SMALL)]),
+    "cpu": ("op", [*(("xla", g, HERE) for g in GATES), ("reference", "mild", HERE), ("jla", "mild", HERE)]),
+    "gpu": (
+        "op",
+        [
+            *((name, gates, WIDE) for name in ("mosaic_gpu", "xla") for gates in GATES),
+            *((name, "mild", NARROW) for name in ("mosaic_gpu", "xla")),
+            ("attention", "mild", (8, 2048, 16, 128, 128)),
+        ],
+    ),
+    "peers": (
+        "peers",
+        [
+            *(("mosaic_gpu", "mild", shape) for shape in SHAPES),
+            *(("attention", "mild", (b, t, 16, 128, 128)) for b, t in dict.fromkeys(x[:2] for x in SHAPES)),
+            *(("jla", "mild", shape) for shape in (WIDE, NARROW, (2, 8192, 16, 64, 128))),
+            *(("fla", "mild", shape) for shape in SHAPES[:3]),
+        ],
+    ),
+    "slow-peers": ("peers", [("fla", "mild", shape) for shape in SHAPES[3:]]),
 }
+LIMIT_S = 120
 
 
-def gates(kind: str, key, shape) -> jax.Array:
-    """Log decays: "mild" are the published models', "strong" have a tenth of their values from -5 to -inf."""
-    g = jax.nn.log_sigmoid(jax.random.normal(key, shape)) / 16
-    if kind == "mild":
-        return g
-    if kind == "logsigmoid":
-        return 16 * g
-    choice = jax.random.choice(jax.random.fold_in(key, 1), jnp.array([-5.0, -50.0, -1e4, -jnp.inf]), shape)
-    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 2), 0.1, shape), choice, g)
+def milliseconds(call: Callable, wait: Callable, calls: int, repeats: int) -> float:
+    """Of one call, in a row of calls that are waited for together."""
+    wait(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls - 1):
+            call()
+        wait(call())
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times) * 1e3
 
 
-def entries(device: str, peers: list[str]):
-    """(name, forward, gate kind) of all that is timed."""
+def in_jax(op: Callable, *args: Any) -> tuple[Callable, Callable, Callable]:
+    """Forward, and forward and backward, of a JAX function of arrays, and what waits for them."""
+    import jax
 
-    def ours(implementation):
-        return lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation=implementation)[0]
+    out = jax.eval_shape(op, *args)
+    do = jax.random.normal(jax.random.key(7), out.shape, out.dtype)
 
-    yield "xla", ours("xla"), "mild"
-    yield "xla, logsigmoid(randn) gates", ours("xla"), "logsigmoid"
-    yield "xla, a tenth of the gates from -5 to -inf", ours("xla"), "strong"
-    if device == "cpu":
-        yield "reference", ours("reference"), "mild"
-    if "jla" in peers:
-        from jla import ops  # pyrefly: ignore[missing-import]
-
-        yield "jax-linear-attention", lambda q, k, v, g: ops.linear_attention("gla", q, k, v, g=g)[0], "mild"
-
-
-def with_backward(forward):
-    """The forward and the gradients of q, k, v and g for a cotangent do."""
-
-    def run(q, k, v, g, do):
-        o, pull = jax.vjp(forward, q, k, v, g)
+    def both(do, *args):
+        o, pull = jax.vjp(op, *args)
         return o, pull(do)
 
-    return run
+    return functools.partial(jax.jit(op), *args), functools.partial(jax.jit(both), do, *args), jax.block_until_ready
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("device", choices=CASES)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--peers", nargs="*", default=["jla"], help="peers to time: jla (only on a CPU)")
-    args = parser.parse_args()
-    shape, dtype, calls = CASES[args.device]
+def inputs(shape: Shape, kind: str) -> tuple[Any, Any, Any, Any]:
+    """q, k, v and log decays: bfloat16 on GPUs, else float32."""
+    import jax
+    import jax.numpy as jnp
+
     b, t, h, k, v = shape
-    keys = jax.random.split(jax.random.key(0), 5)
-    widths = (k, k, v, v)
-    q, key, value, do = (jax.random.normal(i, (b, t, h, d), dtype) for i, d in zip(keys[:4], widths, strict=True))
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    keys = jax.random.split(jax.random.key(0), 6)
+    q, key, value = (jax.random.normal(i, (b, t, h, d), dtype) for i, d in zip(keys, (k, k, v), strict=False))
+    g = jax.nn.log_sigmoid(jax.random.normal(keys[3], (b, t, h, k)))
+    if kind != "logsigmoid":
+        g = g / 16
+    if kind == "strong":
+        choice = jax.random.choice(keys[4], jnp.array([-5.0, -50.0, -1e4, -jnp.inf]), g.shape)
+        g = jnp.where(jax.random.bernoulli(keys[5], 0.1, g.shape), choice, g)
+    return q, key, value, g.astype(dtype)
 
-    peers = args.peers if args.device == "cpu" else []
-    runs, times = [], {}
-    for name, forward, kind in entries(args.device, peers):
-        inputs = (q, key, value, gates(kind, keys[4], (b, t, h, k)).astype(dtype))
-        runs.append((name, "forward", jax.jit(forward), inputs))
-        runs.append((name, "forward + backward", jax.jit(with_backward(forward)), (*inputs, do)))
-    for _, _, f, inputs in runs:
-        jax.block_until_ready(f(*inputs))
-    for _ in range(args.repeats):
-        for name, what, f, inputs in runs:
-            start = time.perf_counter()
-            jax.block_until_ready([f(*inputs) for _ in range(calls)][-1])
-            times.setdefault(name, {}).setdefault(what, []).append((time.perf_counter() - start) / calls * 1e3)
 
-    table = {name: {what: sorted(ms)[len(ms) // 2] for what, ms in row.items()} for name, row in times.items()}
-    for name, row in table.items():
-        print(f"{name:45} " + "  ".join(f"{what} {ms:9.3f} ms" for what, ms in row.items()))
-    ours = table["xla"]
-    for name in ("jax-linear-attention", "reference"):
-        if name in table:
-            ratio = ours["forward + backward"] / table[name]["forward + backward"]
-            print(f"xla / {name}, forward + backward: {ratio:.3f}")
-    packages = ["jax", "jaxlib", *(["jax-linear-attention"] if peers else [])]
-    record = {
-        "what": "op",
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": str(jax.devices()[0].device_kind),
-        "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "shape_bthkv": shape,
-        "dtype": jnp.dtype(dtype).name,
-        "repeats": args.repeats,
-        "milliseconds": table,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {args.out}")
+def calls_of(name: str, gates: str, shape: Shape) -> tuple[Callable, Callable, Callable]:
+    """Forward, forward and backward, and what waits for them, of a line."""
+    if name == "fla":
+        return fla(shape)
+    import jax
+
+    if name == "attention":
+        cudnn = "cudnn" if jax.default_backend() == "gpu" else None
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=cudnn)
+        _, _, *heads = shape
+        q, _, _, _ = inputs((*shape[:2], heads[0], heads[1], heads[1]), "mild")
+        return in_jax(attend, q, q, q)
+    if name == "jla":
+        from jla import ops  # pyrefly: ignore[missing-import]
+
+        return in_jax(lambda q, k, v, g: ops.linear_attention("gla", q, k, v, g=g)[0], *inputs(shape, gates))
+    from gla_jax import gated_linear_attention
+
+    which: Any = name
+    ours = lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation=which)[0]
+    return in_jax(ours, *inputs(shape, gates))
+
+
+def fla(shape: Shape) -> tuple[Callable, Callable, Callable]:
+    import torch  # pyrefly: ignore[missing-import]
+    from fla.ops.gla import chunk_gla  # pyrefly: ignore[missing-import]
+
+    b, t, h, k, v = shape
+    normal = lambda d: torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16)
+    gate = torch.nn.functional.logsigmoid(torch.randn(b, t, h, k, device="cuda")) / 16
+    args, do = [x.requires_grad_() for x in (normal(k), normal(k), normal(v), gate.bfloat16())], normal(v)
+    forward = lambda: chunk_gla(*args)[0]
+    return forward, lambda: torch.autograd.grad(forward(), args, do), lambda _: torch.cuda.synchronize()
+
+
+def device_of(name: str) -> tuple[str, bool]:
+    """What a line was measured on, and whether that is a GPU."""
+    if name == "fla":
+        import torch  # pyrefly: ignore[missing-import]
+
+        return torch.cuda.get_device_name(), True
+    import jax
+
+    return jax.devices()[0].device_kind, jax.default_backend() == "gpu"
+
+
+def measure(name: str, gates: str, shape: Shape) -> dict[str, Any]:
+    device, gpu = device_of(name)
+    how = (20, 7) if gpu else (1, 7)
+    with compiling():
+        forward, both, wait = calls_of(name, gates, shape)
+        wait(forward())
+        wait(both())
+    with alone():
+        row = {
+            "forward": milliseconds(forward, wait, *how),
+            "forward and backward": milliseconds(both, wait, *how),
+        }
+    dtype = "bfloat16" if gpu else "float32"
+    return {"op": NAMES[name] + GATES[gates], "shape": shape, "dtype": dtype, **row, "device": device}
+
+
+def missing(name: str) -> str | None:
+    """Why a line cannot be measured here."""
+    if name in PACKAGES and importlib.util.find_spec(name) is None:
+        return f"{PACKAGES[name]} is not installed: pip install '.[peers]'"
+    return None
+
+
+def default() -> str:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the lines need the memory
+    import jax
+
+    return "gpu" if jax.default_backend() == "gpu" else "cpu"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", nargs="?", choices=SETS, help="by default what suits this machine: gpu or cpu")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the record")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of a line, its wait for others included")
+    parser.add_argument("--line", type=int, help="this line alone, in this process")
+    given = parser.parse_args(arguments)
+    which = given.lines or default()
+    what, lines = SETS[which]
+    if given.line is not None:
+        row = measure(*lines[given.line])
+        print(json.dumps(row), flush=True)
+        return row
+    rows: dict[int, dict[str, Any]] = {}
+    failed = [[*line, why] for line in lines if (why := missing(line[0]))]
+    for *line, why in failed:
+        print(f"{line} left out: {why}", flush=True)
+    here = [i for i, line in enumerate(lines) if not missing(line[0])]
+    peers = {PACKAGES[lines[i][0]] for i in here if lines[i][0] in PACKAGES}
+    words = ["python", "-m", "benchmarks.op", *(sys.argv[1:] if arguments is None else arguments)]
+    record = begin(what, words, sorted(peers), device="no line has been measured")
+    parts = [[i for i in here if lines[i][0] != "fla"], [i for i in here if lines[i][0] == "fla"]]
+    for part in parts:
+        commands = [[which, "--line", str(i)] for i in part]
+        for place, row in each("benchmarks.op", commands, 2 * (os.cpu_count() or 1), given.limit) if part else ():
+            i = part[place]
+            if "FAILED" in row:
+                failed.append([*lines[i], row["FAILED"]])
+                print(f"{lines[i]} FAILED: {row['FAILED']}", flush=True)
+            else:
+                record["device"], rows[i] = row.pop("device"), row
+                times = ", ".join(f"{x} {row[x]:.3f} ms" for x in ("forward", "forward and backward"))
+                print(f"{row['op']}, {tuple(row['shape'])}, {row['dtype']}: {times}", flush=True)
+            record |= {"results": [rows[i] for i in sorted(rows)], "failed": failed}
+            if given.out is not None:
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                given.out.write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ Milliseconds are medians of 7 repeats of 30 calls each. Bytes are one pass over 
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -27,6 +25,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from gla_jax.pallas import forward
 from gla_jax.pallas.config import choose_forward
+from gla_jax.records import begin
 
 # (b, t, h, k, v) and the milliseconds to reach (issue 3).
 BARS = {
@@ -239,11 +238,12 @@ def main():
             show(lines[-1])
     if options.out:
         report = {
-            "what": "op_gpu",
-            "command": f"python benchmarks/op_gpu.py {' '.join(options.groups)}",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": "lowered only" if options.lower else jax.devices()[0].device_kind,
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+            **begin(
+                "op_gpu",
+                ["python", "benchmarks/op_gpu.py", *sys.argv[1:]],
+                packages=(),
+                device="lowered only" if options.lower else None,
+            ),
             "results": lines,
         }
         options.out.write_text(json.dumps(report, indent=1) + "\n")

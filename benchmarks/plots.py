@@ -14,15 +14,16 @@ import matplotlib.pyplot as plt
 
 
 def op(record: dict):
-    """Milliseconds of each entry, forward and with the backward."""
-    rows = record["milliseconds"]
+    """Milliseconds of each line, forward and with the backward."""
+    rows = record["results"]
     figure, axis = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
     places = np.arange(len(rows))
-    for i, what in enumerate(("forward", "forward + backward")):
-        axis.barh(places + 0.4 * i, [row[what] for row in rows.values()], 0.38, label=what)
-    axis.set_yticks(places + 0.2, list(rows))
+    for i, what in enumerate(("forward", "forward and backward")):
+        axis.barh(places + 0.4 * i, [row[what] for row in rows], 0.38, label=what)
+    names = [f"{row['op']}\n{', '.join(map(str, row['shape']))}" for row in rows]
+    axis.set_yticks(places + 0.2, names, fontsize="small")
     axis.invert_yaxis()
-    axis.set(xlabel="ms", xscale="log", title=f"{record['device']}, b, t, h, k, v = {record['shape_bthkv']}")
+    axis.set(xlabel="ms", xscale="log", title=f"{record['device']}, by b, t, h, k, v")
     axis.legend()
     return figure
 
@@ -88,12 +89,13 @@ def op_lengths(record: dict):
 
 
 def extrapolation(record: dict):
-    """Bits a byte by place, with a line where training ended."""
+    """Bits a byte by place, with the deviation over seeds, and a line where training ended."""
     how = record["settings"]
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     middles = (np.arange(how["buckets"]) + 0.5) * how["length"]
     for name, row in record["results"].items():
-        axis.plot(middles, np.mean(row["measured"], 0), ".-", label=name)
+        measured = np.array(row["measured"])
+        axis.errorbar(middles, measured.mean(0), measured.std(0), fmt=".-", capsize=3, label=name)
     axis.axvline(how["length"], color="grey", linestyle=":")
     axis.set(xlabel="place", ylabel=record["quantity"])
     axis.legend()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+ROOT = pathlib.Path(__file__).parents[1]
 LOCK = pathlib.Path(tempfile.gettempdir()) / "gla_jax-benchmark.lock"
 
 
@@ -39,7 +40,8 @@ def each(module: str, lines: list[list[str]], at_once: int, limit_s: float) -> I
 
     A line that fails, or takes longer than limit_s, gives {"FAILED": what it said last}.
     """
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": path}
 
     def result(line: list[str]) -> dict[str, Any]:
         command = [sys.executable, "-m", module, *line]

@@ -106,7 +106,8 @@ def which_implementation(
 ) -> Choice:
     """Says which implementation `gated_linear_attention` takes for these arguments, and why not the others.
 
-    Takes the op's own arguments, or `jax.ShapeDtypeStruct`s in place of arrays; computes nothing.
+    The arguments are those of `gated_linear_attention`, with `jax.ShapeDtypeStruct`s in place of arrays if need be;
+    nothing is computed.
 
     Raises:
       ValueError: as the op itself.

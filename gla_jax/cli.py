@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import logging
 import math
-import runpy
 import shlex
 import shutil
 import sys
@@ -106,7 +106,7 @@ class BenchOp:
     """Time the op, by the repository's benchmarks/op.py."""
 
     arguments: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Its own, after a "--"."""
+    """Its own, after a "--": `gla-jax bench op -- --help` lists them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +223,11 @@ def _bench(config: BenchConfig) -> None:
     what = config.what
     if isinstance(what, BenchOp):
         name = "decode" if isinstance(what, BenchDecode) else "op"
-        script = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-        if not script.exists():
-            raise InputError(f"argument {name}: there is no {script}; benchmarks come with the repository")
-        sys.argv = [str(script), *what.arguments]
-        runpy.run_path(str(script), run_name="__main__")
+        root = Path(__file__).parents[1]
+        if not (root / "benchmarks").is_dir():
+            raise InputError(f"argument {name}: there is no {root}/benchmarks; benchmarks come with the repository")
+        sys.path.insert(0, str(root))
+        importlib.import_module(f"benchmarks.{name}").main(what.arguments)
         return
     found = bench_train(what)
     use = "" if found["mfu_6n"] is None else f", {100 * found['mfu_6n']:.1f} % of the device's peak (6 N a token)"

@@ -1,4 +1,4 @@
-"""Eight simulated devices on the CPU, for the tests of sharding; with `pytest -v`, the worst errors measured."""
+"""Eight simulated devices on the CPU; at the end the seconds of each notebook and, with `pytest -v`, worst errors."""
 
 import os
 import sys
@@ -9,6 +9,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        for seconds in (value for name, value in report.user_properties if name == "seconds"):
+            terminalreporter.write_line(f"{report.nodeid}: {seconds:.0f} s")
     cases = sys.modules.get("tests.cases")
     if cases is None or config.get_verbosity() < 0:
         return

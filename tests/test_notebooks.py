@@ -1,8 +1,11 @@
 """The notebooks: each pair holds the same cells, none longer than a screen, and all run."""
 
+import time
+
 import jupytext
 import nbformat
 import pytest
+from nbclient.exceptions import CellTimeoutError
 
 from tools import notebooks
 
@@ -19,19 +22,28 @@ def test_the_pair_agrees_and_cells_are_short(path):
     source, written = jupytext.read(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     assert notebooks.cells(source) == notebooks.cells(written), "run python tools/notebooks.py"
     assert notebooks.badge(path) in source.cells[0].source
+    assert len(notebooks.LINK.findall(path.read_text())) == 2  # the badge's, and the installation's
+    assert notebooks.linked(path.read_text()) == path.read_text()
     assert max(cell.source.count("\n") + 1 for cell in source.cells) <= LINES
     outputs = [output for cell in written.cells for output in cell.get("outputs", ())]
     assert outputs
     assert all(output.output_type != "error" for output in outputs)
 
 
-# The three that train for a minute or more are for `make exhaustive`.
-RUN = [
-    pytest.param(path, id=path.stem, marks=pytest.mark.exhaustive if path.stem[0] in "345" else pytest.mark.large)
-    for path in SOURCES
-]
-
-
-@pytest.mark.parametrize("path", RUN)
-def test_runs(path):
+@pytest.mark.large
+@pytest.mark.parametrize("path", SOURCES, ids=[path.stem for path in SOURCES])
+def test_runs(path, record_property):
+    began = time.monotonic()
     notebooks.run(path)
+    seconds = time.monotonic() - began
+    record_property("seconds", seconds)
+    assert seconds < notebooks.LIMIT_S
+
+
+def test_the_limit_is_of_the_whole_notebook(tmp_path, monkeypatch):
+    cells = [nbformat.v4.new_code_cell("import time; time.sleep(1.2)") for _ in range(9)]
+    path = tmp_path / "1_slow.py"
+    jupytext.write(nbformat.v4.new_notebook(cells=cells), path, fmt="py:percent")
+    monkeypatch.setattr(notebooks, "LIMIT_S", 4)
+    with pytest.raises(CellTimeoutError):
+        notebooks.run(path)

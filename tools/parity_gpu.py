@@ -26,13 +26,11 @@ A few processes of each part take the next task whose needs are there; what one 
 import argparse
 import collections
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import re
 import subprocess
 import sys
@@ -535,7 +533,9 @@ def main() -> None:
         prepare(options.part, options.small)
         work(options.part, chosen, options.folder, options.small)
         return
-    begin = time.monotonic()
+    from gla_jax.records import begin  # needs JAX, which the Python of theirs may lack
+
+    began = time.monotonic()
     for family in chosen:
         folder = place(options.folder, family)
         folder.mkdir(parents=True, exist_ok=True)
@@ -543,12 +543,7 @@ def main() -> None:
             for old in folder.glob(f"*.{kind}"):
                 old.unlink()
     record: dict[str, Any] = {
-        "what": "parity",
-        "command": "python tools/parity_gpu.py FOLDER" + " --small" * options.small,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": None,
-        "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        **begin("parity", ["python", "tools/parity_gpu.py", *sys.argv[1:]], VERSIONS, device="nothing has been run"),
         "tokens_bt": list(tokens(options.small).shape),
         "bars": BARS,
         "results": {},
@@ -556,7 +551,7 @@ def main() -> None:
     workers, known, shown, going = Workers(chosen, options), {}, set(), True
     while going:
         time.sleep(0.2)
-        going = workers.look() and time.monotonic() - begin < options.whole_limit
+        going = workers.look() and time.monotonic() - began < options.whole_limit
         for family in chosen:
             folder = place(options.folder, family)
             ended = sorted(path.name for kind in ("ready", "failed") for path in folder.glob(f"*.{kind}"))
@@ -574,8 +569,8 @@ def main() -> None:
             line = json.dumps({name: result[name] for name in ("logits", "failed") if name in result})
             if (None not in result["logits"].values() or "failed" in result) and line not in shown:
                 shown.add(line)
-                print(f"{time.monotonic() - begin:.0f} s", family, line, flush=True)
-    print(f"{time.monotonic() - begin:.0f} s", "stopped" if workers.running else "all done", flush=True)
+                print(f"{time.monotonic() - began:.0f} s", family, line, flush=True)
+    print(f"{time.monotonic() - began:.0f} s", "stopped" if workers.running else "all done", flush=True)
     workers.end()
 
 

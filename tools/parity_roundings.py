@@ -10,11 +10,10 @@ chunk_o.py of 0.6.0). Beside each choice stand RMS(x - y) / RMS(y) of the logits
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from parity_gpu import ratio, tokens  # pyrefly: ignore[missing-import]
 from safetensors.numpy import load_file
+
+from gla_jax.records import begin
 
 jax.config.update("jax_enable_x64", True)
 CHUNK, SUB = 64, 16
@@ -212,10 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="where the result goes")
     options = parser.parse_args()
     record: dict[str, Any] = {
-        "what": "parity, rounding by rounding",
-        "command": "python tools/parity_roundings.py CHECKPOINT ...",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        **begin("parity, rounding by rounding", ["python", "tools/parity_roundings.py", *sys.argv[1:]], packages=()),
         "tokens_bt": list(tokens(False).shape),
         "results": {},
     }

@@ -56,12 +56,12 @@ class Harness:
         self.batch_size, self.max_length, self.max_new_tokens = batch_size, max_length, max_new_tokens
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """For each request's (context, continuation): log-likelihood of the continuation, and whether it is greedy."""
+        """For each of the requests' (context, continuation): its log-likelihood, and whether it is greedy."""
         pairs = [self._pair(*request.args) for request in requests]
         return [tuple(x) for x in continuation_likelihoods(self.model, pairs, self.batch_size)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """For each request's (text,): its log-likelihood, in windows of max_length tokens that do not overlap.
+        """For each of the requests' (text,): its log-likelihood, in windows of max_length tokens that do not overlap.
 
         A window's first token is predicted from the last one of the window before, the first of all from what
         `text_after` puts there.
@@ -78,7 +78,7 @@ class Harness:
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """For each request's (context, options): the text until one of options["until"], by greedy or drawn tokens.
+        """For each of the requests' (context, options): text until one of options["until"], greedy or drawn.
 
         Options are the harness's generation_kwargs, and mean what they do there: until (empty strings end nothing),
         max_gen_toks or one of its other names, do_sample, temperature, top_k (0 for all), top_p, and num_beams = 1.
@@ -182,7 +182,7 @@ class _Asked(NamedTuple):
 
 
 def make_lm(harness: Harness) -> Any:
-    """The same as an `lm_eval.api.model.LM`, which `lm_eval.simple_evaluate(model=...)` takes.
+    """The `harness` as an `lm_eval.api.model.LM`, which `lm_eval.simple_evaluate(model=...)` takes.
 
     Raises:
       ModuleNotFoundError: the package lm-eval is missing.

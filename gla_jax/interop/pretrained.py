@@ -125,7 +125,11 @@ def convert(source: Path | str, target: Path | str, *, dtype: str | None = None)
 
 
 def end_of_text(folder: Path | str) -> int:
-    """The token that ends a text, by a checkpoint folder's config.json."""
+    """The token that ends a text, by a checkpoint folder's config.json.
+
+    Raises:
+      CheckpointError: it names none, or there is no such file.
+    """
     token = read_json(Path(folder) / "config.json").get("eos_token_id")
     token = token[0] if isinstance(token, list) and token else token
     if not isinstance(token, int):

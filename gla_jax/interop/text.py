@@ -31,11 +31,11 @@ class ByteTokenizer:
     """A token a byte of UTF-8, as `gla-jax train` has it; other tokens, such as its boundary, decode to nothing."""
 
     def encode(self, sequence: str) -> Any:
-        """Its bytes."""
+        """An object whose `ids` are the bytes of the text `sequence`."""
         return SimpleNamespace(ids=list(sequence.encode()))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of bytes, with U+FFFD for what is none; 0xFF, which no UTF-8 has, is left out."""
+        """The text of the bytes `ids`, with U+FFFD for what is none; 0xFF, which no UTF-8 has, is left out."""
         return bytes(i for i in ids if i < 0xFF).decode(errors="replace")
 
 

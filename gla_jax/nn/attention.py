@@ -41,7 +41,7 @@ class GatedLinearAttentionConfig(ProjectedConfig):
         self._require("gate_clamp", self.gate_clamp is None or self.gate_clamp < 0, "negative or None")
 
     def build(self, hidden_size: int, **common: Any) -> "GatedLinearAttention":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return GatedLinearAttention(hidden_size, **self.options(), **common)
 
 
@@ -64,11 +64,12 @@ class GatedLinearAttention(ProjectedLayer):
         `sequence_parallel`, under `jax.set_mesh` or inside shard_map; `prefill` and `step` are for None.
       dtype: computed in; None follows input and parameters.
       param_dtype: of the parameters.
-      options: the fields of `GatedLinearAttentionConfig`. With h query heads, k = expand_k * d / h and v likewise;
-        query head i reads key/value head i // (h / hk). gate_clamp is never needed for results, as the op is exact for
-        any gate, and "xla" takes the same time for all of them. It is for kernels that are faster where channels decay
-        by at most e^-96 over 16 tokens, which a clamp of -5 guarantees. A channel at -5 forgets all but 0.7 % at a
-        single token, so a model hardly feels it.
+      rngs: of the initial parameters.
+      common: the arguments above, and the fields of `GatedLinearAttentionConfig`. With h query heads,
+        k = expand_k * d / h and v likewise; query head i reads key/value head i // (h / hk). gate_clamp is never needed
+        for results, as the op is exact for any gate, and "xla" takes the same time for all of them. It is for kernels
+        that are faster where channels decay by at most e^-96 over 16 tokens, which a clamp of -5 guarantees. A channel
+        at -5 forgets all but 0.7 % at a single token, so a model hardly feels it.
 
     Raises:
       ValueError: naming an argument out of its range, or if heads do not divide the widths.
@@ -87,7 +88,10 @@ class GatedLinearAttention(ProjectedLayer):
         self.gate_up = linear(rank, width, (None, "kv_heads"), bias=True, **making.weights)
 
     def decay(self, x: Array, layer_input: Any = None) -> Array:
-        """Log decays [..., hk, k]: computed in float32 and rounded once, which costs exp(G) at most 2^-9 G exp(G)."""
+        """Log decays [..., hk, k] of x [..., d]; layer_input is not read.
+
+        They are computed in float32 and rounded once, which costs exp(G) at most 2^-9 G exp(G).
+        """
         return self._decay_from(self.gate_down(x))
 
     def _streams(self, x: Array, **beside: nnx.Linear) -> dict[str, Array]:
@@ -150,7 +154,7 @@ class SimpleGatedLinearAttentionConfig(ProjectedConfig):
         self._positive("gate_normalizer")
 
     def build(self, hidden_size: int, **common: Any) -> "SimpleGatedLinearAttention":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return SimpleGatedLinearAttention(hidden_size, **self.options(), **common)
 
 
@@ -173,5 +177,5 @@ class SimpleGatedLinearAttention(ProjectedLayer):
         self.gate = linear(hidden_size, self.num_kv_heads, ("embed", "kv_heads"), bias=True, **making.weights)
 
     def decay(self, x: Array, layer_input: Any = None) -> Array:
-        """Log decays [..., hk], float32."""
+        """Log decays [..., hk] of x [..., d], float32; layer_input is not read."""
         return jax.nn.log_sigmoid(self.gate(x).astype(jnp.float32)) / self.gate_normalizer

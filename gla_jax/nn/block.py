@@ -25,6 +25,7 @@ class Block(nnx.Module):
     Args:
       config: shapes, options and dtypes.
       mixer: the layer's own, one of config.mixers; None for the first.
+      rngs: of the initial parameters.
     """
 
     def __init__(self, config: ModelConfig, mixer: MixerConfig | None = None, *, rngs: nnx.Rngs):
@@ -48,14 +49,14 @@ class Block(nnx.Module):
         self.mlp = mlp(config.hidden_size, config.mlp_width, init_std=config.init_std, **common)
 
     def init_cache(self, batch_size: int) -> Any:
-        """The cache before the first token: the mixer's, a dictionary of arrays, batch first, and a ChannelMix's."""
+        """The cache before the first token of batch_size sequences: the mixer's, a dictionary, and a ChannelMix's."""
         cache = self.mixer.init_cache(batch_size)
         return {**cache, "mlp": self.mlp.init_cache(batch_size)} if isinstance(self.mlp, ChannelMix) else cache
 
     def __call__(
         self, x: Float[Array, "b t d"], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> Float[Array, "b t d"]:
-        """The block over whole sequences x [b, t, d]; `layer_input` as its mixer takes it."""
+        """The block over whole sequences x [b, t, d]; segment_ids [b, t] and layer_input as its mixer takes them."""
         with jax.named_scope("mixer"):
             y = x + self.mixer(self.mixer_norm(x), segment_ids, layer_input)
         if isinstance(self.mlp, ChannelMix):
@@ -66,7 +67,10 @@ class Block(nnx.Module):
     def prefill(
         self, x: Float[Array, "b t d"], cache: Any, segment_ids: Ids | None = None, layer_input: Any = None
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """The block over x [b, t, d] after what the cache has seen, and the cache after x."""
+        """The block over x [b, t, d] after what the cache has seen, and the cache after x.
+
+        segment_ids [b, t] and layer_input are as its mixer takes them.
+        """
         y, new = self.mixer.prefill(self.mixer_norm(x), cache, segment_ids, layer_input)
         y = x + y
         if isinstance(self.mlp, ChannelMix):
@@ -75,7 +79,7 @@ class Block(nnx.Module):
         return self._feed_forward(y), new
 
     def step(self, x: Float[Array, "b d"], cache: Any, layer_input: Any = None) -> tuple[Float[Array, "b d"], Any]:
-        """The block for one token x [b, d], and the cache after it."""
+        """The block for one token x [b, d], and the cache after it; layer_input as its mixer takes it."""
         y, new = self.mixer.step(self.mixer_norm(x), cache, layer_input)
         y = x + y
         if isinstance(self.mlp, ChannelMix):

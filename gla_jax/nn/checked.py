@@ -22,7 +22,7 @@ class Checked:
         """Raises a ValueError for a value out of its range; types have been checked."""
 
     def replace[C](self: C, **changes: Any) -> C:
-        """The same config with some fields changed, checked anew."""
+        """The same config with the fields in `changes` changed, checked anew."""
         return dataclasses.replace(cast(Any, self), **changes)
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:

@@ -165,7 +165,13 @@ class CausalLMConfig(ModelConfig):
 
     @classmethod
     def tiny(cls, mixer: str) -> "CausalLMConfig":
-        """`GLAConfig.tiny` with another layer, one of `MIXERS`; the rest of a block as that layer's paper has it."""
+        """`GLAConfig.tiny` with another layer; the rest of a block as that layer's paper has it.
+
+        mixer is gla, simple_gla, retnet, lightning, linear, hgrn2, rwkv6, mamba2, mamba or attention.
+
+        Raises:
+          ValueError: mixer is none of these.
+        """
         if mixer not in MIXERS:
             raise ValueError(f"mixer: must be one of {', '.join(MIXERS)}, got {mixer!r}")
         kind, rest = MIXERS[mixer], dict(TINY)

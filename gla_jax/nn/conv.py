@@ -32,6 +32,10 @@ class ShortConvolution(nnx.Module):
         inputs to the next one. `prefill` and `step` are for None.
       dtype: computed in; None for the input's.
       param_dtype: of W and b.
+      rngs: of W.
+
+    Raises:
+      ValueError: size is less than 1.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class ShortConvolution(nnx.Module):
         )
 
     def init_cache(self, batch_size: int) -> Float[Array, "b w1 c"]:
-        """The w - 1 inputs before the first token, [b, w-1, c]: zeros."""
+        """The w - 1 inputs before the first token of batch_size sequences, [b, w-1, c]: zeros."""
         return jnp.zeros((batch_size, self.size - 1, self.channels), self._cache_dtype())
 
     def __call__(self, x: Float[Array, "b t c"], segment_ids: Ids | None = None) -> Float[Array, "b t c"]:
@@ -78,7 +82,8 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[Float[Array, "b t c"], Float[Array, "b w1 c"]]:
         """Convolve x [b, t, c] after the inputs in the cache; returns y and the cache after each row's last token.
 
-        Negative segment ids (padding) may lie at the left of a row whose cache is still empty, and at the right of any.
+        Negative segment_ids [b, t] (padding) may lie at the left of a row whose cache is still empty, and at the right
+        of any.
         """
         y = self._convolve(x, cache, self._segments_after_past(segment_ids))
         past = self.size - 1

@@ -44,7 +44,7 @@ class MambaConfig(MixerConfig):
         self._require("time_step_rank", self.time_step_rank is None or self.time_step_rank >= 1, "at least 1 or None")
 
     def build(self, hidden_size: int, **common: Any) -> "Mamba":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return Mamba(hidden_size, **self.options(), **common)
 
 
@@ -91,26 +91,29 @@ class Mamba(Layer):
         self.out_proj = linear(self.width, hidden_size, ("mlp", "embed"), bias=bias, **weights)
 
     def init_cache(self, batch_size: int) -> dict[str, Array]:
-        """What a sequence is before its first token: {"state": zeros [b, c, n], "conv": its inputs}."""
+        """What batch_size sequences are before their first token: {"state": zeros [b, c, n], "conv": its inputs}."""
         state = jnp.zeros((batch_size, self.width, self.config.state_size), jnp.float32)
         return {"state": state, "conv": self.conv.init_cache(batch_size)}
 
     def __call__(
         self, x: Float[Array, "b t d"], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> Float[Array, "b t d"]:
-        """The layer over whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`."""
+        """The layer over whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`.
+
+        layer_input is not read.
+        """
         return self._mix(x, None, segment_ids)[0]
 
     def prefill(
         self, x: Float[Array, "b t d"], cache: dict[str, Array], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
-        """The layer over x [b, t, d] after what the cache has seen; padding as in `GatedLinearAttention.prefill`."""
+        """The layer over x [b, t, d] after what the cache has seen; the rest as in `GatedLinearAttention.prefill`."""
         return self._mix(x, cache, segment_ids)
 
     def step(
         self, x: Float[Array, "b d"], cache: dict[str, Array], layer_input: Any = None
     ) -> tuple[Float[Array, "b d"], dict[str, Array]]:
-        """The layer for one token x [b, d] after what the cache has seen, in constant time and memory."""
+        """The layer for one token x [b, d] after what the cache has seen, in constant time; layer_input is not read."""
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u, conv = self.conv.step(u, cache["conv"])
         inputs = self._inputs(u)

@@ -50,7 +50,7 @@ class Mamba2Config(MixerConfig):
         )
 
     def build(self, hidden_size: int, **common: Any) -> "Mamba2":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return Mamba2(hidden_size, **self.options(), **common)
 
 

@@ -40,6 +40,7 @@ class SwiGLU(nnx.Module):
       init_std: standard deviation of the initial weights.
       dtype: computed in; None follows input and parameters.
       param_dtype: of the weights.
+      rngs: of the initial weights.
     """
 
     def __init__(

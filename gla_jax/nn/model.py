@@ -34,6 +34,7 @@ class CausalLM(nnx.Module):
 
     Args:
       config: shapes, options and dtypes: a `CausalLMConfig`, or a `GLAConfig`.
+      rngs: of the initial parameters.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -82,7 +83,10 @@ class CausalLM(nnx.Module):
         return on_auto_axes(run, self, tokens, segment_ids, out_specs=_like(tokens, None))
 
     def hidden(self, tokens: Int[Array, "b t"], segment_ids: Ids | None = None) -> Float[Array, "b t d"]:
-        """The normalised activations [b, t, d] that `logits` reads: for a loss that never holds all logits at once."""
+        """The normalised activations [b, t, d] that `logits` reads: for a loss that never holds all logits at once.
+
+        tokens [b, t] and segment_ids [b, t] are those of a call.
+        """
 
         def run(model: CausalLM, tokens: Array, ids: Array | None) -> Array:
             x, _ = model._scan(lambda x, block, own: (block(x, ids, own), None), model._embed(tokens))
@@ -95,7 +99,8 @@ class CausalLM(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Any]:
         """`hidden` of tokens [b, t] that follow what the cache has seen, and the cache after them.
 
-        The arguments are those of `prefill`; padding may lie at the right, and at the left while the cache is empty.
+        The arguments are those of `CausalLM.prefill`; padding may lie at the right, and at the left while the cache is
+        empty.
         """
         if segment_ids is None:
             check_room("tokens", self.config.cache_limit, cache, tokens.shape[1])
@@ -124,7 +129,7 @@ class CausalLM(nnx.Module):
         return weight.astype(dtype)
 
     def init_cache(self, batch_size: int) -> Any:
-        """The cache before the first token: a pytree of zeros, every leaf [layers, b, ...]."""
+        """The cache before the first token of batch_size sequences: zeros, every leaf [layers, b, ...]."""
         repeats = self.config.num_layers // len(self.config.mixers)
 
         def of(stack: Block) -> Any:
@@ -266,7 +271,7 @@ class CausalLM(nnx.Module):
 
 
 class GLAForCausalLM(CausalLM):
-    """`CausalLM` of gated linear attention, from a `GLAConfig`."""
+    """`CausalLM` of gated linear attention, from a `GLAConfig`; arguments as in `CausalLM`."""
 
     def __init__(self, config: GLAConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)

@@ -22,6 +22,7 @@ class RMSNorm(nnx.Module):
       affine: whether to multiply by a learned scale [features], which starts at 1.
       dtype: of the result; None for the input's. The arithmetic is float32 (arXiv 1910.07467, equation 4).
       param_dtype: of the scale.
+      rngs: not drawn from.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LayerNorm(nnx.Module):
       affine: whether to apply a learned scale (from 1) and bias (from 0), both [features].
       dtype: of the result; None for the input's. The arithmetic is float32 (arXiv 1607.06450, equation 4).
       param_dtype: of scale and bias.
+      rngs: not drawn from.
     """
 
     def __init__(

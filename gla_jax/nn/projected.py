@@ -56,6 +56,7 @@ class ProjectedConfig(MixerConfig):
     """Whether that norm has learned parameters."""
 
     feature_maps: ClassVar[tuple[str | None, ...]] = (None, *FEATURE_MAPS)
+    """What feature_map may be."""
 
     def check(self) -> None:
         """Raises a ValueError that names a field out of its range."""
@@ -114,7 +115,7 @@ class ProjectedLayer(RecurrentLayer):
     def decay(self, x: Array, layer_input: Any) -> Array | None:
         """Log decays of x [..., d], at most 0: [..., hk, k], [..., hk] or [hk] in float32; None for no decay.
 
-        Those of each channel are rounded to the keys' dtype.
+        Those of each channel are rounded to the keys' dtype. layer_input is as in a call of the layer.
         """
         raise NotImplementedError
 

@@ -52,7 +52,7 @@ def save_state(path: Path | str, state: PromptState) -> None:
 
 
 def load_state(path: Path | str, model: nnx.Module) -> PromptState:
-    """The state in a file that `save_state` wrote.
+    """The state in the file `path` that `save_state` wrote, for a model of the same config.
 
     Raises:
       CheckpointError: the file is no safetensors file, or not of a model like this one.

@@ -27,7 +27,7 @@ class MixerConfig(Checked):
     """What a model hands each of its layers, or None: "depth" or "lower_bound"."""
 
     def build(self, hidden_size: int, **common: Any) -> nnx.Module:
-        """The layer for a model of this width; `common` are the arguments that all layers take."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
@@ -66,6 +66,7 @@ class Layer(nnx.Module):
     config_type: ClassVar[type[MixerConfig]]
     """The options that the constructor takes beside its own arguments."""
     implementation: Any = None
+    """Of the op: None for the best there is, or a name (see `gated_linear_attention`)."""
 
     def __init__(
         self,
@@ -99,6 +100,7 @@ class RecurrentLayer(Layer):
     reads_positions: ClassVar[bool] = False
     """Whether `_arguments` needs each token's place in its document."""
     scale: float | None = None
+    """What the op multiplies queries by; None for k^-0.5."""
     sequence_axis: str | None = None
     """Mesh axis over which whole sequences are sharded in time, or None."""
 
@@ -116,7 +118,7 @@ class RecurrentLayer(Layer):
         raise NotImplementedError
 
     def init_cache(self, batch_size: int) -> dict[str, Array]:
-        """What a sequence is before its first token: zeros, the state [b, hk, k, v] and the convolutions' inputs."""
+        """What batch_size sequences are before their first token: zeros, the state [b, hk, k, v] and convolutions'."""
         cache = {"state": jnp.zeros((batch_size, *self._state_shape()), jnp.float32)}
         for name, conv in self._convolutions().items():
             cache[name] = conv.init_cache(batch_size)
@@ -127,7 +129,11 @@ class RecurrentLayer(Layer):
     def __call__(
         self, x: Float[Array, "b t d"], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> Float[Array, "b t d"]:
-        """The layer over whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`."""
+        """The layer over whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`.
+
+        layer_input is what a model hands its layers, if the config says so: a lower bound for HGRN-2, a layer's depth
+        for lightning attention, None for the others.
+        """
         return self._mix(x, None, segment_ids, layer_input)[0]
 
     def prefill(
@@ -135,8 +141,11 @@ class RecurrentLayer(Layer):
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         """The layer over x [b, t, d] after what the cache has seen; returns y and the cache after x.
 
-        Negative segment ids (padding) leave the cache as it is. They may lie at the left of a row whose cache is still
-        empty, and at the right of any.
+        Negative segment_ids [b, t] (padding) leave the cache as it is. They may lie at the left of a row whose cache is
+        still empty, and at the right of any. layer_input is as in a call.
+
+        Raises:
+          ValueError: sequence_axis is not None.
         """
         if self.sequence_axis is not None:
             raise ValueError(f"sequence_axis: must be None where there is a cache, got {self.sequence_axis!r}")
@@ -147,7 +156,7 @@ class RecurrentLayer(Layer):
     ) -> tuple[Float[Array, "b d"], dict[str, Any]]:
         """The layer for one token x [b, d] after what the cache has seen; time and memory do not depend on how much.
 
-        The cache's state may be `Stacked`, and then the new one is.
+        The cache's state may be `Stacked`, and then the new one is. layer_input is as in a call.
         """
         new: dict[str, Any] = {}
         streams = self._streams(x)

@@ -45,7 +45,7 @@ class RetentionConfig(ProjectedConfig):
         self._require("rope_theta", self.rope_theta is None or self.rope_theta > 0, "positive or None")
 
     def build(self, hidden_size: int, **common: Any) -> "Retention":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return Retention(hidden_size, **self.options(), **common)
 
 
@@ -70,7 +70,7 @@ class Retention(ProjectedLayer):
             raise ValueError(f"expand_k: rotary embedding needs an even head width, got {self.head_k}")
 
     def decay(self, x: Array, layer_input: Any = None) -> Array:
-        """log gamma [hk]."""
+        """log gamma [hk], for any x and layer_input."""
         return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.num_kv_heads, dtype=jnp.float32))))
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class LightningAttentionConfig(MixerConfig):
         self._require("head_size", self.head_size is None or self.head_size >= 1, "at least 1 or None")
 
     def build(self, hidden_size: int, **common: Any) -> "LightningAttention":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return LightningAttention(hidden_size, **self.options(), **common)
 
 
@@ -163,7 +163,7 @@ class LinearAttentionConfig(ProjectedConfig):
     feature_maps: ClassVar[tuple[str | None, ...]] = (None, *FEATURE_MAPS, "product")
 
     def build(self, hidden_size: int, **common: Any) -> "LinearAttention":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return LinearAttention(hidden_size, **self.options(), **common)
 
 
@@ -197,7 +197,7 @@ class LinearAttention(ProjectedLayer):
         return self.num_kv_heads, self.head_k, self.head_v + self.normalize
 
     def decay(self, x: Array, layer_input: Any = None) -> None:
-        """None: nothing is forgotten."""
+        """None: nothing is forgotten, whatever x and layer_input are."""
         return None
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:

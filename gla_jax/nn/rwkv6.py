@@ -38,7 +38,7 @@ class RWKV6Config(MixerConfig):
         self._positive("expand_k", "expand_v")
 
     def build(self, hidden_size: int, **common: Any) -> "RWKV6":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return RWKV6(hidden_size, **self.options(), **common)
 
 
@@ -128,6 +128,7 @@ class ChannelMix(nnx.Module):
       init_std: standard deviation of the initial weights.
       dtype: computed in; None follows input and parameters.
       param_dtype: of the weights.
+      rngs: of the initial weights.
     """
 
     def __init__(
@@ -150,17 +151,17 @@ class ChannelMix(nnx.Module):
         self.r_proj = linear(hidden_size, hidden_size, ("embed", None), **weights)
 
     def init_cache(self, batch_size: int) -> Float[Array, "b 1 d"]:
-        """The token before the first: zeros."""
+        """The token before the first of batch_size sequences: zeros [b, 1, d]."""
         return self.shift.init_cache(batch_size)
 
     def __call__(self, x: Float[Array, "b t d"], segment_ids: Ids | None = None) -> Float[Array, "b t d"]:
-        """Apply to whole sequences x [b, t, d]."""
+        """Apply to whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`."""
         return self._mix(x, self.shift(x, segment_ids))
 
     def prefill(
         self, x: Float[Array, "b t d"], cache: Float[Array, "b 1 d"], segment_ids: Ids | None = None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"]]:
-        """Apply to x [b, t, d] after the token in the cache; padding as in `ShortConvolution.prefill`."""
+        """Apply to x [b, t, d] after the token in the cache; segment_ids as in `ShortConvolution.prefill`."""
         before, cache = self.shift.prefill(x, cache, segment_ids)
         return self._mix(x, before), cache
 

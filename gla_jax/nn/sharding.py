@@ -52,6 +52,8 @@ DEFAULT_RULES: Rules = {
     "vocab": "tensor",
     "layers": None,
 }
+"""Which mesh axis each logical name of a parameter's axes goes to: fully sharded data parallelism over "fsdp", tensor
+parallelism over "tensor". Mesh axes that a mesh does not have are left out."""
 
 
 def _annotated(init: Callable, axes: Axes) -> Callable:
@@ -261,7 +263,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def create_sharded[M: nnx.Module](make: Callable[[], M], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> M:
-    """Build `make()` with every parameter born on its own devices, never whole on one.
+    """Build `make()` with every parameter born on its own devices of the mesh, as the rules say, never whole on one.
 
     `create_sharded(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0)), mesh)`
     """

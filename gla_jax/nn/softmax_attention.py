@@ -56,7 +56,7 @@ class SoftmaxAttentionConfig(MixerConfig):
         return self.cache_size if self.window is None else None
 
     def build(self, hidden_size: int, **common: Any) -> "SoftmaxAttention":
-        """The layer."""
+        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return SoftmaxAttention(hidden_size, **self.options(), **common)
 
 
@@ -93,7 +93,7 @@ class SoftmaxAttention(Layer):
         self.dtype = making.dtype or making.param_dtype
 
     def init_cache(self, batch_size: int) -> dict[str, Array]:
-        """The cache before the first token: zeros, and position 0."""
+        """The cache before the first token of batch_size sequences: zeros, and position 0."""
         shape = (batch_size, self.config.window or self.config.cache_size, self.num_kv_heads, self.head_size)
         zeros = jnp.zeros(shape, self.dtype)
         return {"k": zeros, "v": zeros, "position": jnp.zeros((batch_size,), jnp.int32)}
@@ -101,7 +101,10 @@ class SoftmaxAttention(Layer):
     def __call__(
         self, x: Float[Array, "b t d"], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> Float[Array, "b t d"]:
-        """The layer over whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`."""
+        """The layer over whole sequences x [b, t, d]; segment_ids [b, t] as in `gated_linear_attention`.
+
+        layer_input is not read.
+        """
         position, _ = positions_after(x.shape[:2], None, segment_ids)
         q, k, v = self._heads(x, position)
         window = None if self.config.window is None else (self.config.window - 1, 0)
@@ -117,7 +120,7 @@ class SoftmaxAttention(Layer):
     def prefill(
         self, x: Float[Array, "b t d"], cache: dict[str, Array], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
-        """The layer over x [b, t, d] after what the cache has seen; padding as in `GatedLinearAttention.prefill`."""
+        """The layer over x [b, t, d] after what the cache has seen; the rest as in `GatedLinearAttention.prefill`."""
         if segment_ids is None:
             check_room("x", self.config.cache_limit, cache, x.shape[1])
         size, (batch, time, _) = cache["k"].shape[1], x.shape
@@ -143,7 +146,10 @@ class SoftmaxAttention(Layer):
     def step(
         self, x: Float[Array, "b d"], cache: dict[str, Array], layer_input: Any = None
     ) -> tuple[Float[Array, "b d"], dict[str, Array]]:
-        """The layer for one token x [b, d] after what the cache has seen; time and memory are those of a full cache."""
+        """The layer for one token x [b, d] after what the cache has seen, in the time and memory of a full cache.
+
+        layer_input is not read.
+        """
         check_room("x", self.config.cache_limit, cache, 1)
         size, position = cache["k"].shape[1], cache["position"]
         q, k, v = self._heads(x[:, None], position[:, None])

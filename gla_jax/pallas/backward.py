@@ -66,6 +66,9 @@ def backward(
         with decay [b, hk, k, 1] and own [b, hk, k, v] in float32.
       config: the tuning; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
+
+    Raises:
+      ValueError: config is a tuning for narrower k and v.
     """
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]

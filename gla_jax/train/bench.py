@@ -2,11 +2,8 @@
 
 import collections
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
-import platform
 import re
 import statistics
 import sys
@@ -24,6 +21,7 @@ from jax.profiler import ProfileData
 from gla_jax.attention import Implementation
 from gla_jax.nn import CausalLMConfig, GLAConfig, SoftmaxAttentionConfig
 from gla_jax.nn.config import ModelConfig
+from gla_jax.records import begin
 from gla_jax.train.config import InputError, MeshConfig, TrainConfig
 from gla_jax.train.data import Batch
 from gla_jax.train.mesh import make_mesh
@@ -128,12 +126,7 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     speed = config.batch * config.length / step
     program_text = train.as_text()
     record = {
-        "what": "train",
-        "command": " ".join(["gla-jax", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **begin("train", ["gla-jax", *sys.argv[1:]]),
         **{name: x for name, x in dataclasses.asdict(config).items() if name not in ("out", "profile")},
         "parameters": program.parameters,
         "op_kernels": len(re.findall(r'custom_call_target="mosaic_gpu', program_text)),

@@ -58,7 +58,7 @@ class Documents:
 
 
 def load_corpus(path: Path | None = None) -> Corpus:
-    """A corpus of bytes, from a file as for `read_documents`, or the one in a folder that `tokenize` made.
+    """A corpus of bytes, from the file `path` as for `read_documents`, or the one in a folder that `tokenize` made.
 
     Raises:
       InputError: as `read_documents`, or if the folder is none of these.
