@@ -48,7 +48,7 @@ def presets() -> str:
             config = getattr(getattr(nn, kind), name)()
             (mixer,) = config.mixers
             heads = getattr(mixer, "num_heads", "-")
-            mlp = "-" if config.feed_forward == "none" else config.mlp_width
+            mlp = "-" if config.mlp == "none" else config.mlp_width
             model = jax.eval_shape(lambda config=config: nnx.state(nn.CausalLM(config, rngs=nnx.Rngs(0))))
             sizes = f"{config.num_layers} | {config.hidden_size} | {heads} | {mlp} | {config.vocab_size}"
             rows.append(f"| `{kind}.{name}()` | {sizes} | {size(model):,} |")
