@@ -152,7 +152,11 @@ def main(arguments=None):
     config, new, calls = GLAConfig.gla_1_3b().replace(**bfloat16), 256, 5
     batch, distances = 128, DISTANCES
     if options.tiny:
-        config, new, calls = GLAConfig.tiny().replace(implementation="xla", **bfloat16), 8, 2
+        config, new, calls = (
+            GLAConfig.tiny().replace(implementation="xla", num_layers=2, layer_unroll=1, **bfloat16),
+            8,
+            2,
+        )
         batch, distances = 4, (20, 100)
     result = {
         **begin("decode", ["python", "benchmarks/decode.py", *arguments], packages=["flax"]),

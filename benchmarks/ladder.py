@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.small_runs import Batch, Experiment, compare, losses_and_hits, parse
+from benchmarks.small_runs import Batch, Experiment, compare, losses_and_hits, parse, verdict
 from gla_jax.nn import (
     CausalLMConfig,
     GatedLinearAttentionConfig,
@@ -98,12 +98,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     return compare(given, "ladder", "bits a byte", how, experiment, claims)
 
 
-def claims(results: dict[str, dict]) -> dict[str, bool]:
+def claims(results: dict[str, dict]) -> dict[str, str]:
     """Whether each step of the paper's ladder was seen."""
     names = [name for name in sorted(PAPER, key=lambda name: -PAPER[name]) if name in results]
-    mean = {name: float(np.mean(results[name]["measured"])) for name in names}
+    bits = {name: np.array(results[name]["measured"]) for name in names}
     return {
-        f"{better} is better than {worse}": mean[better] < mean[worse] for worse, better in itertools.pairwise(names)
+        f"{better} is better than {worse}": verdict(bits[worse] - bits[better])
+        for worse, better in itertools.pairwise(names)
     }
 
 

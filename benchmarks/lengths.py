@@ -189,7 +189,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "settings": how,
         "results": [],
         "failed": [],
-        "claims": {},
     }
     commands = [[given.part, "--preset", given.preset, "--line", str(i)] for i in range(len(every))]
     rows: dict[int, dict[str, Any]] = {}
@@ -202,11 +201,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             numbers = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in row.items())
             print(", ".join(numbers), flush=True)
         record["results"] = [rows[i] for i in sorted(rows)]
-        record["claims"] = claims(record["results"])
         if given.out is not None:
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(record, indent=1) + "\n")
-    for claim, seen in record["claims"].items():
+    for claim, seen in claims(record["results"]).items():
         print(f"{'seen' if seen else 'NOT seen'}: {claim}")
     return record
 

@@ -89,12 +89,13 @@ def op_lengths(record: dict):
 
 
 def extrapolation(record: dict):
-    """Bits a byte by place, with a line where training ended."""
+    """Bits a byte by place, with the deviation over seeds, and a line where training ended."""
     how = record["settings"]
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     middles = (np.arange(how["buckets"]) + 0.5) * how["length"]
     for name, row in record["results"].items():
-        axis.plot(middles, np.mean(row["measured"], 0), ".-", label=name)
+        measured = np.array(row["measured"])
+        axis.errorbar(middles, measured.mean(0), measured.std(0), fmt=".-", capsize=3, label=name)
     axis.axvline(how["length"], color="grey", linestyle=":")
     axis.set(xlabel="place", ylabel=record["quantity"])
     axis.legend()

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from flax import nnx
 
 from gla_jax.nn import CausalLM, CausalLMConfig
@@ -155,9 +156,23 @@ def lower(experiment: Experiment) -> tuple[Any, int]:
     return jax.jit(jax.vmap(lambda rate, seed: run(seed, rate))).lower(*grid(experiment)), size
 
 
-def write(
-    out: pathlib.Path | None, what: str, quantity: str, settings: dict, results: dict, claims: dict[str, bool]
-) -> None:
+def verdict(margins: Any) -> str:
+    """Whether a claim was seen, from by how much each seed's runs have it: above 0 where they do.
+
+    "seen" if the mean's 95 % confidence interval (Student's t over the seeds) lies above 0, "not seen" if below, else
+    "not told apart from chance"; of one seed, which has no spread, by the sign.
+    """
+    margins = np.asarray(margins, float)
+    mean = margins.mean()
+    if margins.size == 1:
+        return "seen in the one seed" if mean > 0 else "not seen in the one seed"
+    sure = scipy.stats.t.ppf(0.975, margins.size - 1)
+    if abs(mean) <= sure * margins.std(ddof=1) / math.sqrt(margins.size):
+        return "not told apart from chance"
+    return "seen" if mean > 0 else "not seen"
+
+
+def write(out: pathlib.Path | None, what: str, quantity: str, settings: dict, results: dict) -> None:
     """The record of an experiment, as JSON."""
     if out is None:
         return
@@ -166,18 +181,19 @@ def write(
         "quantity": quantity,
         "settings": settings,
         "results": results,
-        "claims": claims,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {out}")
 
 
-def parse(about: str, presets: dict, models: dict, arguments: list[str] | None) -> argparse.Namespace:
-    """An experiment's flags."""
+def parse(
+    about: str, presets: dict, models: dict, arguments: list[str] | None, more: Iterable[str] = ()
+) -> argparse.Namespace:
+    """An experiment's flags: by default all of `models` run, and `more` of them by name."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--preset", choices=presets, default="h100")
-    parser.add_argument("--models", nargs="*", choices=models, default=list(models))
+    parser.add_argument("--models", nargs="*", choices=[*models, *more], default=list(models))
     parser.add_argument("--out", type=pathlib.Path)
     return parser.parse_args(arguments)
 
@@ -188,7 +204,7 @@ def compare(
     quantity: str,
     settings: dict,
     experiment: Callable[[str], Experiment],
-    claims: Callable[[dict[str, dict]], dict[str, bool]],
+    claims: Callable[[dict[str, dict]], dict[str, str]],
     show: Callable[[Fitted], str] = str,
 ) -> dict[str, dict]:
     """Trains the models of `given`, prints and writes a row of each, and says which of the paper's claims were seen."""
@@ -196,7 +212,7 @@ def compare(
     for name, found in fit_all({name: experiment(name) for name in given.models}):
         results[name] = found.row()
         print(f"{name:17s} {show(found)}", flush=True)
-        write(given.out, what, quantity, settings, results, claims(results))
-    for claim, seen in claims(results).items():
-        print(f"{'seen' if seen else 'NOT seen'}: {claim}")
+        write(given.out, what, quantity, settings, results)
+    for claim, found in claims(results).items():
+        print(f"{found}: {claim}")
     return results

@@ -7,14 +7,26 @@ pages and results agree.
 import json
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
-from benchmarks.mqar import counts
+from benchmarks import extrapolation, ladder, lengths, mqar
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/experiments.md", "docs/layers.md")
+
+
+# What the paper says, as each experiment finds it in its results.
+CLAIMS: dict[str, Any] = {
+    "mqar": mqar.claims,
+    "ladder": ladder.claims,
+    "extrapolation": extrapolation.claims,
+    "training against length": lengths.claims_of_training,
+    "op against length": lengths.claims_of_ops,
+}
+QUANTITIES = {"training against length": "tokens a second", "op against length": "milliseconds"}
 
 
 def records(what: str) -> list[tuple[str, dict]]:
@@ -96,8 +108,7 @@ def backward_table() -> str:
 def decode_table() -> str:
     """Tokens a second of decoding, by batch and place."""
     lines = []
-    for path in sorted(RESULTS.glob("decode-*.json")):
-        record = json.loads(path.read_text())
+    for _, record in records("decode"):
         lines += [f"{record['parameters']:,} parameters, {record['device']}, {record['date'][:10]}:", ""]
         lines += ["| batch | after | tokens/s | ms a token |", "|---|---|---|---|"]
         for row in (*record["positions"], record["many rows"]):
@@ -116,10 +127,12 @@ def heading(record: dict) -> list[str]:
 
 def ending(name: str, record: dict) -> list[str]:
     """A record's plot, and what was seen of the paper's claims."""
-    plot = ["", f"```{{image}} plots/{name}.svg", f":alt: {record['what']}: {record['quantity']}", "```", ""]
-    return (
-        plot + [f"- {'Seen' if seen else '**Not seen**'}: {claim}." for claim, seen in record["claims"].items()] + [""]
-    )
+    quantity = record.get("quantity", QUANTITIES.get(record["what"]))
+    plot = ["", f"```{{image}} plots/{name}.svg", f":alt: {record['what']}: {quantity}", "```", ""]
+    found = CLAIMS[record["what"]](record["results"])
+    words = {claim: {True: "seen", False: "not seen"}.get(seen, seen).capitalize() for claim, seen in found.items()}
+    marked = {claim: said if said.startswith("Seen") else f"**{said}**" for claim, said in words.items()}
+    return [*plot, *(f"- {said}: {claim}." for claim, said in marked.items()), ""]
 
 
 def experiment_table(what: str) -> str:
@@ -140,7 +153,7 @@ def recall_table() -> str:
     """Accuracy by the number of pairs."""
     lines = []
     for name, record in records("mqar"):
-        pairs = [str(n) for n in counts(record["settings"]["pairs"])]
+        pairs = [str(n) for n in mqar.counts(record["settings"]["pairs"])]
         lines += heading(record)
         lines += [
             f"| model | {' | '.join(pairs)} pairs | the most, each seed | learning rate | parameters |",
@@ -166,8 +179,9 @@ def extrapolation_table() -> str:
             "|---" * (len(places(how)) + 1) + "|",
         ]
         for model, row in record["results"].items():
-            mean = np.mean(row["measured"], 0)
-            lines.append(f"| {model} | " + " | ".join(f"{mean[i]:.3f}" for i in shown(how)) + " |")
+            mean, spread = np.mean(row["measured"], 0), np.std(row["measured"], 0)
+            cells = " | ".join(f"{mean[i]:.3f} ± {spread[i]:.3f}" for i in shown(how))
+            lines.append(f"| {model} | {cells} |")
         lines += ending(name, record)
     return "\n".join(lines) or "Not run yet.\n"
 
@@ -197,7 +211,7 @@ def training_lengths_table() -> str:
             of_peer = f"{speed / peer[row['length']]:.2f}" if row["length"] in peer else "-"
             size = f"{row['length']} | {row['batch']} | {row['layers']} | {row['parameters']:,}"
             lines.append(f"| {row['model']} | {size} | {speed:,} | {of_peer} | {row['memory_gb']:.1f} GB |")
-        lines += ending(name, record | {"quantity": "tokens a second"})
+        lines += ending(name, record)
     return "\n".join(lines) or "Not run yet.\n"
 
 
@@ -215,7 +229,7 @@ def op_lengths_table() -> str:
             rows = [row for row in record["results"] if row["op"] == op]
             times = " | ".join(f"{row['forward']:.2f} / {row['forward and backward']:.2f}" for row in rows)
             lines.append(f"| {op} | {times} |")
-        lines += ending(name, record | {"quantity": "milliseconds"})
+        lines += ending(name, record)
     return "\n".join(lines) or "Not run yet.\n"
 
 

@@ -1,5 +1,6 @@
 """The command `gla-jax`: reads flags, calls the library, prints."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -8,7 +9,7 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ try:
     from flax import nnx
 
     from gla_jax import interop
-    from gla_jax.interop.text import text_after
+    from gla_jax.interop.text import save_byte_tokenizer, text_after
     from gla_jax.nn import CausalLM, CausalLMConfig
     from gla_jax.nn.config import MIXERS
     from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
@@ -161,9 +162,11 @@ def _sample(config: SampleConfig) -> None:
     config.check()
     model = load_model(config.run)
     tokenizer = run_tokenizer(config.run)
-    print(config.prompt, end="", flush=True)
     options = {"length": config.length, "temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
-    _print_stream(continue_text(model, config.prompt, tokenizer=tokenizer, **options))
+    with _named("--length"):
+        text = continue_text(model, config.prompt, tokenizer=tokenizer, **options)
+    print(config.prompt, end="", flush=True)
+    _print_stream(text)
 
 
 def _convert(config: ConvertConfig) -> None:
@@ -175,6 +178,8 @@ def _convert(config: ConvertConfig) -> None:
         interop.save_pretrained(model, config.target, dtype=config.dtype, end_of_text=end)
         if (config.source / TOKENIZER).exists():
             shutil.copyfile(config.source / TOKENIZER, config.target / TOKENIZER)
+        else:
+            save_byte_tokenizer(config.target)
     else:
         interop.convert(config.source, config.target, dtype=config.dtype)
     print(f"written: {config.target}")
@@ -183,8 +188,8 @@ def _convert(config: ConvertConfig) -> None:
 def _eval(config: EvalConfig) -> None:
     if config.text is None and not config.tasks:
         raise InputError("argument --text or --tasks: give one of them, got neither")
-    for name, value, least in (("block", config.block, 2), ("bucket", config.bucket, 1)):
-        if value < least:
+    for name, value, least in (("block", config.block, 2), ("bucket", config.bucket, 1), ("limit", config.limit, 1)):
+        if value is not None and value < least:
             raise InputError(f"argument --{name}: must be at least {least}, got {value}")
     if _is_run(config.model):
         model, (tokenizer, end) = load_model(config.model), _tokens_of(config.model)
@@ -198,16 +203,18 @@ def _eval(config: EvalConfig) -> None:
             raise InputError(f"argument --text: {config.text} is not UTF-8 text") from None
         if len(ids) < 2:
             raise InputError(f"argument --text: {config.text} must have at least one token, got none")
-        for x in interop.perplexity_by_place(model, [ids], block=config.block, bucket=config.bucket):
+        with _named("--text"):
+            buckets = interop.perplexity_by_place(model, [ids], block=config.block, bucket=config.bucket)
+        for x in buckets:
             bits = x.loss / math.log(2)
             print(
                 f"places {x.start} to {x.stop - 1}: perplexity {x.perplexity:.4f}, {bits:.4f} bits, {x.tokens} tokens"
             )
     if config.tasks:
         harness = interop.Harness(model, tokenizer, end)
-        for task, results in interop.run_tasks(
-            harness, config.tasks, folder=config.task_folder, limit=config.limit
-        ).items():
+        with _named("--tasks"):
+            found = interop.run_tasks(harness, config.tasks, folder=config.task_folder, limit=config.limit)
+        for task, results in found.items():
             for name, value in results.items():
                 print(f"{task} {name}: {value}")
 
@@ -230,6 +237,15 @@ def _bench(config: BenchConfig) -> None:
         print(f"{row['ms']:9.3f} ms {100 * row['share']:5.1f} %  {row['part']}, {row['work']}")
     if what.out is not None:
         print(f"written: {what.out}")
+
+
+@contextlib.contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """An InputError of one line that names the flag, in place of a ValueError of the library's."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"argument {flag}: {' '.join(str(error).split())}") from error
 
 
 def _is_run(folder: Path) -> bool:

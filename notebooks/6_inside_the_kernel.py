@@ -13,8 +13,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/gla-jax/gla_jax/blob/main/notebooks/6_inside_the_kernel.ipynb)
 #
-# On a Hopper GPU the op's forward is one kernel, written in JAX's Pallas for Mosaic GPU. This notebook says what bounds it (roofline), runs it
-# without a GPU (interpreter, with a detector of races), lowers it for a GPU that is not there, and times it on one that is.
+# On a Hopper GPU the op runs in kernels written in JAX's Pallas for Mosaic GPU: one or two for the forward, by the shape, and others for the
+# gradients (`docs/kernels.md`). This notebook says what bounds the forward (roofline), runs it without a GPU (interpreter, with a
+# detector of races), lowers it for a GPU that is not there, and times it on one that is.
 
 # %%
 import importlib.util
@@ -41,6 +42,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from gla_jax import gated_linear_attention, which_implementation
 from gla_jax.pallas import forward, why_unsupported
+from gla_jax.pallas.config import choose_forward
 
 plt.rcParams.update({"figure.dpi": 70, "figure.figsize": (7, 4)})
 # The interpreter computes with numpy, which warns of sums with -inf.
@@ -49,8 +51,8 @@ warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
 # %% [markdown]
 # ## Roofline
 #
-# In bfloat16 the kernel reads q, k, g ($2k$ bytes each a token and head) and v and writes o ($2v$ each): nothing else is stored, since the state
-# stays in registers. By chunks of $c = 64$ tokens it multiplies
+# In bfloat16 the forward must read q, k, g ($2k$ bytes each a token and head) and v and write o ($2v$ each). In one kernel nothing else is
+# stored, since the state stays in registers; where there are two, the first also writes queries, keys and scores for the second. By chunks of $c = 64$ tokens it multiplies
 # $2kv$ (read the state) $+\,2kv$ (update it) $+\,2ck$ (scores) $+\,2cv$ (scores times values) floating-point operations a token. An H100 has
 # 3.35 TB/s and 989 TFLOP/s (its data sheet); the ratio of the two says which one bounds.
 
@@ -100,13 +102,17 @@ print("float32: ", why_unsupported(*inputs(1, 128, 1, 64, 64, jnp.float32)))
 # %% [markdown]
 # ## In the interpreter
 #
-# Pallas interprets the kernel on a CPU, with its barriers, asynchronous copies and warpgroups as threads. It is slow, and it tells what a
+# Pallas interprets kernels on a CPU, with their barriers, asynchronous copies and warpgroups as threads. It is slow, and it tells what a
 # GPU would not: its detector prints a line for each race (none here).
-# A block has warpgroups in three roles that work on neighbouring tiles at the same time: a loader,
-# a gater (queries and keys times their decays, and the scores), and one that multiplies and carries the state.
+# Warpgroups have roles and work on neighbouring tiles at the same time: a loader, gaters (queries and keys times their decays, and the
+# scores), and those that multiply and carry the state. In one kernel a block has all three; of two kernels, which so few heads take, the
+# first has the gaters, for all chunks at once, and the second those that multiply.
 
 # %%
 q, key, value, g = inputs(1, 130, 1, 64, 64)
+for heads in (1, 64):
+    tuning = choose_forward(64, 64, heads, 3, jnp.dtype(jnp.bfloat16))  # a tuple for two kernels
+    print(f"{heads} heads:", "two kernels" if isinstance(tuning, tuple) else "one kernel")
 began = time.perf_counter()
 o, state = forward(q, key, value, g, 1.0, None, True, interpret=plgpu.InterpretGPUParams(detect_races=True))
 print(f"{time.perf_counter() - began:.1f} s for {q.shape[1]} tokens")

@@ -1,9 +1,11 @@
 import re
 
 import pytest
+from flax import nnx
 
 from gla_jax import cli
 from gla_jax.interop import load_pretrained, perplexity_by_place
+from gla_jax.nn import CausalLM, CausalLMConfig
 from gla_jax.train.corpus import DOCUMENT
 
 SMALL = [
@@ -78,6 +80,7 @@ def test_sample_names_the_flag_that_is_out_of_range(capsys):
 
 
 def test_a_run_is_converted_and_both_score_the_same(tmp_path, capsys):
+    pytest.importorskip("tokenizers", reason="the extra gla_jax[hub] is not installed")
     text, run, there = tmp_path / "a.txt", tmp_path / "run", tmp_path / "there"
     text.write_text("what is past is prologue. " * 50)
     assert cli.main(["train", f"--run={run}", f"--data={text}", *SMALL]) == 0
@@ -97,9 +100,8 @@ def test_a_run_is_converted_and_both_score_the_same(tmp_path, capsys):
     printed = re.match(r"places 0 to 99: perplexity ([0-9.]+),", ours)
     assert printed
     assert float(printed[1]) == pytest.approx(first.perplexity, abs=1e-3)
-    # It has no tokenizer.json, as a model over bytes has none.
-    assert cli.main(["eval", str(there), *scores]) == 2
-    assert capsys.readouterr().err == f"gla-jax: {there}: has no tokenizer.json\n"
+    assert cli.main(["eval", str(there), *scores]) == 0
+    assert capsys.readouterr().out == ours
     again = tmp_path / "again"
     assert cli.main(["convert", str(there), str(again), "--dtype=bfloat16"]) == 0
     assert (again / "model.safetensors").stat().st_size < 0.6 * (there / "model.safetensors").stat().st_size
@@ -109,10 +111,23 @@ def test_a_run_is_converted_and_both_score_the_same(tmp_path, capsys):
     assert capsys.readouterr().err == f"gla-jax: argument TARGET: {again} must be a new or empty folder\n"
 
 
+def test_values_that_only_the_library_can_judge_name_the_flag(tmp_path, capsys, monkeypatch):
+    model = CausalLM(CausalLMConfig.tiny("attention").replace(num_layers=1, layer_unroll=1), rngs=nnx.Rngs(0))
+    monkeypatch.setattr(cli, "load_model", lambda run: model)
+    assert cli.main(["sample", str(tmp_path), "To be", "--length=2048"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(
+        "gla-jax: argument --length: max_new_tokens: softmax attention without a window must"
+    )
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["eval", "nowhere"], "argument --text or --tasks: give one of them, got neither"),
+        (["eval", "nowhere", "--tasks=a", "--limit=0"], "argument --limit: must be at least 1, got 0"),
         (["eval", "nowhere", "--text=a", "--block=1"], "argument --block: must be at least 2, got 1"),
         (["eval", "nowhere", "--text=a"], "nowhere/config.json: no such file"),
         (["convert", "nowhere", "there"], "nowhere/config.json: no such file"),

@@ -22,6 +22,8 @@ def test_the_pair_agrees_and_cells_are_short(path):
     source, written = jupytext.read(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     assert notebooks.cells(source) == notebooks.cells(written), "run python tools/notebooks.py"
     assert notebooks.badge(path) in source.cells[0].source
+    assert len(notebooks.LINK.findall(path.read_text())) == 2  # the badge's, and the installation's
+    assert notebooks.linked(path.read_text()) == path.read_text()
     assert max(cell.source.count("\n") + 1 for cell in source.cells) <= LINES
     outputs = [output for cell in written.cells for output in cell.get("outputs", ())]
     assert outputs

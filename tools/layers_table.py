@@ -1,4 +1,4 @@
-"""Writes the table of docs/layers.md: every layer of gla_jax.nn, its parameters and its state at a width of 1024."""
+"""Writes the tables of docs/layers.md: every layer of gla_jax.nn at a width of 1024, and every preset of a model."""
 
 import math
 import pathlib
@@ -9,7 +9,7 @@ from flax import nnx
 
 from gla_jax import nn
 
-BEGIN, END = "<!-- made by tools/layers_table.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- {}, made by tools/layers_table.py -->\n", "<!-- end of {} -->\n"
 # The options of the 340M-class models of arXiv 2312.06635 where it has the layer; else the layer's own defaults.
 LAYERS: dict[str, tuple[Any, str, str]] = {
     "GatedLinearAttention": (nn.GatedLinearAttentionConfig(), "a vector a token", "2312.06635"),
@@ -27,13 +27,36 @@ LAYERS: dict[str, tuple[Any, str, str]] = {
 }
 
 
+PRESETS = {
+    "GLAConfig": ("tiny", "gla_340m", "gla_1_3b", "gla_2_7b"),
+    "CausalLMConfig": (
+        *("transformer_340m", "transformer_1_3b", "retnet_340m", "retnet_1_3b", "mamba_340m", "mamba_1_3b"),
+    ),
+}
+
+
 def size(tree: Any) -> int:
     """Numbers in a tree of arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def table() -> str:
-    """The table in Markdown."""
+def presets() -> str:
+    """The table of presets in Markdown."""
+    rows = ["| preset | layers | width | heads | MLP | tokens | parameters |", "|---" * 7 + "|"]
+    for kind, names in PRESETS.items():
+        for name in names:
+            config = getattr(getattr(nn, kind), name)()
+            (mixer,) = config.mixers
+            heads = getattr(mixer, "num_heads", "-")
+            mlp = "-" if config.mlp == "none" else config.mlp_width
+            model = jax.eval_shape(lambda config=config: nnx.state(nn.CausalLM(config, rngs=nnx.Rngs(0))))
+            sizes = f"{config.num_layers} | {config.hidden_size} | {heads} | {mlp} | {config.vocab_size}"
+            rows.append(f"| `{kind}.{name}()` | {sizes} | {size(model):,} |")
+    return "\n".join(rows)
+
+
+def layers() -> str:
+    """The table of layers in Markdown."""
     rows = ["| layer | decay | arXiv | parameters | state, numbers |", "|---|---|---|---|---|"]
     for name, (config, gate, paper) in LAYERS.items():
 
@@ -46,13 +69,16 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def with_table(page: str) -> str:
-    """The page with its table made anew."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n\n{END}{after}"
+def with_tables(page: str) -> str:
+    """The page with its tables made anew."""
+    for name, table in (("layers", layers), ("presets", presets)):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, rest = page.split(begin)
+        _, after = rest.split(end)
+        page = f"{before}{begin}\n{table()}\n\n{end}{after}"
+    return page
 
 
 if __name__ == "__main__":
     page = pathlib.Path(__file__).parent.parent / "docs" / "layers.md"
-    page.write_text(with_table(page.read_text()))
+    page.write_text(with_tables(page.read_text()))

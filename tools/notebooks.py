@@ -2,10 +2,12 @@
 
 python tools/notebooks.py                  # all, with outputs; minutes
 python tools/notebooks.py 1_recurrence     # some, by the start of their names
+python tools/notebooks.py --links          # none: only points their links to REPOSITORY
 """
 
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -16,8 +18,10 @@ import nbformat
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
-# Where the badges and the notebooks' first cells look for the library.
+# On GitHub: where the badges and the notebooks' first cells look for the library. There is no public repository yet;
+# once there is, its name goes here, and `python tools/notebooks.py --links` writes it into all of them.
 REPOSITORY = "gla-jax/gla_jax"
+LINK = re.compile(r"(?<=github/)[\w.-]+/[\w.-]+(?=/blob/)|(?<=git\+https://github\.com/)[\w.-]+/[\w.-]+")
 COLAB = "https://colab.research.google.com/github/" + REPOSITORY + "/blob/main/notebooks/{}.ipynb"
 # Of a whole notebook, its kernel's start included.
 LIMIT_S = 180
@@ -31,6 +35,11 @@ def sources() -> list[pathlib.Path]:
 def badge(path: pathlib.Path) -> str:
     """What a notebook's first cell must hold, so that it opens in Colab."""
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB.format(path.stem)})"
+
+
+def linked(text: str) -> str:
+    """A notebook's text with its links to REPOSITORY."""
+    return LINK.sub(REPOSITORY, text)
 
 
 def cells(notebook: Any) -> list[tuple[str, str]]:
@@ -68,8 +77,11 @@ def run(path: pathlib.Path) -> Any:
 
 
 def main(starts: list[str]) -> None:
-    """Run the notebooks whose names start so (all, if none is given), and write them."""
+    """Run the notebooks whose names start so (all, if none is given), and write them; point the links of all."""
     for path in sources():
+        for file in (path, path.with_suffix(".ipynb")):
+            if (text := file.read_text()) != linked(text):
+                file.write_text(linked(text))
         if starts and not any(path.stem.startswith(start) for start in starts):
             continue
         began = time.monotonic()

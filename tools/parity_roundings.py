@@ -37,7 +37,7 @@ class Roundings(NamedTuple):
     any: bool = True
     """False: nothing is rounded."""
     op: str = "ours"
-    """Inside the op: ours, theirs, none, or "ours but" q~ and k~, A, or the state."""
+    """Inside the op: ours, theirs (in float64 but for its roundings), none, "ours but" q~ and k~, A, or the state."""
     gate: str = "ours"
     """The log decay: ours once, theirs after the product, after logsigmoid and after the quotient."""
     norm_of_sum: str = "ours"
@@ -63,9 +63,12 @@ CHOICES = {
     "ours, state exact": OURS._replace(op="ours but state"),
     "ours, the op exact": OURS._replace(op="none"),
     "theirs": THEIRS,
+    "ours, their op": OURS._replace(op="theirs"),
     "theirs, our op": THEIRS._replace(op="ours"),
+    "theirs, our op, q~ and k~ exact": THEIRS._replace(op="ours but q~ and k~"),
     "theirs, the op exact": THEIRS._replace(op="none"),
     "theirs, our gate": THEIRS._replace(gate="ours"),
+    "theirs, the op in float64 but for its roundings": THEIRS._replace(op="theirs in float64"),
     "theirs, norm of the rounded sum": THEIRS._replace(norm_of_sum="ours"),
     "float32": NONE,
 }
@@ -86,8 +89,9 @@ def scan(q: Array, k: Array, v: Array, g: Array, kind: str) -> Array:
     scale, scalar = q.shape[-1] ** -0.5, g.ndim == 1
     if scalar:
         g = jnp.broadcast_to(g[:, None], (*q.shape[:3], 1))
-    if kind == "none":
+    if kind in ("none", "theirs in float64"):
         q, k, v, g = (x.astype(jnp.float64) for x in (q, k, v, g))
+    kind = kind.removesuffix(" in float64")
     chunked = (x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]).transpose(1, 0, 3, 2, 4) for x in (q, k, v, g))
     exact = lambda x: x
     r = {name: exact if kind in ("none", f"ours but {name}") else half for name in ("q~ and k~", "A", "state")}
@@ -121,7 +125,7 @@ def scan(q: Array, k: Array, v: Array, g: Array, kind: str) -> Array:
 
 def scores(q: Array, k: Array, b: Array) -> Array:
     """Their scores of a chunk: within a sub-chunk in float32, of others in TF32, from the sub-chunk's start."""
-    a = jnp.zeros((*q.shape[:-1], CHUNK), jnp.float32)
+    a = jnp.zeros((*q.shape[:-1], CHUNK), q.dtype)
     for i in range(0, CHUNK, SUB):
         for j in range(0, i + 1, SUB):
             start = b[..., i : i + 1, :]

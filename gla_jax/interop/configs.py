@@ -49,6 +49,8 @@ class _Fields:
             )
 
 
+# What load_pretrained may be told of a model beside what config.json says.
+CHANGES = ("param_dtype", "dtype", "remat", "layer_unroll", "implementation", "sequence_axis", "cache_size")
 _SILU = ("swish", "silu")
 # What the libraries take where config.json says nothing; 1e-6 for all others.
 _NORM_EPS = {"rwkv6": 1e-5, "mamba": 1e-5, "mamba2": 1e-5, "official": 1e-5}
@@ -56,10 +58,11 @@ _FEATURES = {None: None, "elu": "elu1", "relu": "relu", "identity": None, "eleme
 
 
 def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
-    """Our config for a config.json's fields, with some fields of ours changed (dtype, implementation and the like).
+    """Our config for a config.json's fields, with some of ours changed, as `load_pretrained` takes them.
 
     Raises:
       CheckpointError: the model is of another kind, or has an option that we do not.
+      ValueError: a change is none of CHANGES, or its value is not allowed.
     """
     x = _Fields(fields)
     kind = x.need("model_type")
@@ -82,7 +85,6 @@ def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
                 x.get("norm_eps", "rms_norm_eps", "layer_norm_epsilon", default=_NORM_EPS.get(kind, 1e-6))
             ),
             "tie_embeddings": x.get("tie_word_embeddings", default=kind == "mamba"),
-            **changes,
         }
         if dialect in ("fla", "llama"):
             common["mlp_size"] = x.get("intermediate_size")
@@ -92,11 +94,25 @@ def from_json(fields: dict[str, Any], **changes: Any) -> Foreign:
             kept = x.get("max_position_embeddings", default=2048)
             made["mixer"] = _with_attention(made["mixer"], hybrid, common["num_layers"], kept)
         config: Any = CausalLMConfig if "mixer" in made else GLAConfig
-        return Foreign(config(**common, **made), dialect)
+        found = config(**common, **made)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"config.json: {error}") from None
+    return Foreign(_changed(found, changes), dialect)
+
+
+def _changed(config: Any, changes: dict[str, Any]) -> ModelConfig:
+    for name in changes:
+        if name not in CHANGES:
+            raise ValueError(f"changes: must be of {', '.join(CHANGES)}, got {name!r}")
+    if "cache_size" in changes:
+        if not any(isinstance(mixer, SoftmaxAttentionConfig) for mixer in config.mixers):
+            raise ValueError(f"cache_size: must be left out without softmax attention, got {changes['cache_size']!r}")
+        size = {"cache_size": changes.pop("cache_size")}
+        mixers = (m.replace(**size) if isinstance(m, SoftmaxAttentionConfig) else m for m in config.mixers)
+        changes["mixer"] = tuple(mixers) if isinstance(config.mixer, tuple) else next(mixers)
+    return config.replace(**changes)
 
 
 def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
@@ -109,10 +125,14 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
     recurrent = [m for m in mixers if not isinstance(m, SoftmaxAttentionConfig)]
     first = recurrent[0] if recurrent else mixers[0]
     if len({type(m) for m in mixers}) > 2 or any(m != first for m in recurrent or mixers):
-        raise CheckpointError("mixer: checkpoints there have one kind of layer, and softmax attention beside it")
+        kinds = ", ".join(type(m).__name__ for m in mixers)
+        raise CheckpointError(
+            f"mixer: must be one layer's config, and softmax attention beside it, for config.json, got {kinds}"
+        )
     write = next((w for kind, w in _WRITE.items() if isinstance(first, kind)), None)
     if write is None:
-        raise CheckpointError(f"mixer: no checkpoint there has {type(first).__name__[:-6]}")
+        kinds = ", ".join(kind.__name__ for kind in _WRITE)
+        raise CheckpointError(f"mixer: must be one of {kinds} for config.json, got {type(first).__name__}")
     fields, dialect = write(first, config)
     fields |= {
         "vocab_size": config.vocab_size,
@@ -123,7 +143,7 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
     if dialect == "official":
         return {**fields, "d_model": config.hidden_size, "n_layer": config.num_layers}, dialect
     fields |= {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers}
-    if config.feed_forward != "none":
+    if config.mlp != "none":
         fields["intermediate_size"] = config.mlp_width
     eps = {"llama": "rms_norm_eps", "mamba": "layer_norm_epsilon"}.get(dialect, "norm_eps")
     fields[eps] = config.norm_eps
@@ -133,14 +153,16 @@ def to_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
         fields["attn"] = _hybrid_to_json(config)
         attending = (m for m in mixers if isinstance(m, SoftmaxAttentionConfig))
         fields["max_position_embeddings"] = max(m.cache_size for m in attending)
-    wrong = {
-        "norm": config.norms != ("layer" if dialect == "rwkv6" else "rms"),
-        "embed_norm": config.norms_embedding and dialect != "rwkv6",
-        "mlp": config.feed_forward != {"rwkv6": "channel_mix", "mamba": "none"}.get(dialect, "swiglu"),
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise CheckpointError(f"{name}: no {fields['model_type']} checkpoint has {getattr(config, name)!r}")
+    rwkv6 = dialect == "rwkv6"
+    for name, given, allowed in (
+        ("norm", config.norm, "layer" if rwkv6 else "rms"),
+        ("embed_norm", config.embed_norm, config.embed_norm if rwkv6 else False),
+        ("mlp", config.mlp, {"rwkv6": "channel_mix", "mamba": "none"}.get(dialect, "swiglu")),
+    ):
+        if given != allowed:
+            raise CheckpointError(
+                f"{name}: must be {allowed!r} for {fields['model_type']}'s config.json, got {given!r}"
+            )
     return fields, dialect
 
 
@@ -174,7 +196,11 @@ def _hybrid_to_json(config: ModelConfig) -> list[dict[str, Any]]:
         mixer = config.mixers[layer % len(config.mixers)]
         if isinstance(mixer, SoftmaxAttentionConfig):
             if mixer.head_size not in (None, config.hidden_size // mixer.num_heads):
-                raise CheckpointError("head_size: in a pattern, checkpoints there have hidden_size / num_heads alone")
+                width = config.hidden_size // mixer.num_heads
+                raise CheckpointError(
+                    f"head_size: must be hidden_size / num_heads = {width} for a pattern's config.json, "
+                    f"got {mixer.head_size}"
+                )
             specs.setdefault(mixer, []).append(layer)
     return [
         {
@@ -206,10 +232,18 @@ def _projected(x: _Fields, expand_k: float, expand_v: float) -> dict[str, Any]:
     }
 
 
+def _written_only_with(mixer: MixerConfig, **fields: Any) -> None:
+    """A CheckpointError for a field that config.json has no place for, unless it has this value."""
+    for name, value in fields.items():
+        if getattr(mixer, name) != value:
+            raise CheckpointError(f"{name}: must be {value!r} for config.json, got {getattr(mixer, name)!r}")
+
+
 def _projected_to_json(mixer: Any) -> dict[str, Any]:
-    plain = mixer.output_norm == "rms" and mixer.output_norm_affine and not mixer.output_gate_bias
-    if not plain or mixer.conv_bias or mixer.feature_map == "elu1":
-        raise CheckpointError("mixer: output_norm, output_gate_bias, conv_bias and elu1 have no place in config.json")
+    plain = {"output_norm": "rms", "output_norm_affine": True, "output_gate_bias": False, "conv_bias": False}
+    _written_only_with(mixer, **plain)
+    if mixer.feature_map == "elu1":
+        raise CheckpointError("feature_map: must be another for config.json, got 'elu1'")
     return {
         "num_heads": mixer.num_heads,
         "num_kv_heads": mixer.num_kv_heads,
@@ -239,11 +273,15 @@ def _write_gla(mixer: GatedLinearAttentionConfig, config: ModelConfig) -> tuple[
         first = GatedLinearAttentionConfig(
             num_heads=mixer.num_heads, output_gate_bias=True, output_norm="layer", output_norm_affine=False
         )
-        if mixer != first or config.mlp_width != mlp_width(config.hidden_size) or config.norm_eps != 1e-5:
-            raise CheckpointError("the paper's first release has its options, MLP width and norm_eps = 1e-5 alone")
+        _written_only_with(mixer, **first.options())
+        for name, given, allowed in (
+            ("mlp_size", config.mlp_width, mlp_width(config.hidden_size)),
+            ("norm_eps", config.norm_eps, 1e-5),
+        ):
+            if given != allowed:
+                raise CheckpointError(f"{name}: must be {allowed} in the paper's first release, got {given}")
         return {"model_type": "gla", "n_head": mixer.num_heads, "use_gk": True, "use_gv": False}, "official"
-    if mixer.gate_low_rank != 16 or mixer.gate_normalizer != 16:
-        raise CheckpointError("gate_low_rank and gate_normalizer have no place in config.json, and must be 16")
+    _written_only_with(mixer, gate_low_rank=16, gate_normalizer=16)
     fields = {"model_type": "gla", "architectures": ["GLAForCausalLM"], "clamp_min": mixer.gate_clamp}
     return {**fields, **_projected_to_json(mixer)}, "fla"
 
@@ -251,14 +289,15 @@ def _write_gla(mixer: GatedLinearAttentionConfig, config: ModelConfig) -> tuple[
 def _read_retnet(x: _Fields) -> tuple[dict[str, Any], str]:
     options = _projected(x, 1.0, 2.0)
     if options["num_kv_heads"] not in (None, options["num_heads"]):
-        raise CheckpointError("config.json: num_kv_heads must be num_heads or null for retnet here")
+        given = options["num_kv_heads"]
+        raise CheckpointError(f"config.json: num_kv_heads must be num_heads or null for retnet here, got {given}")
     # The model there never hands use_short_conv to its layers.
     return {"mixer": RetentionConfig(**options | {"conv_size": 0})}, "fla"
 
 
 def _write_retnet(mixer: RetentionConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
-    if mixer.rope_theta != 10000.0 or mixer.conv_size or mixer.num_kv_heads not in (None, mixer.num_heads):
-        raise CheckpointError("retnet there has rope_theta = 10000, no convolution, and as many kv heads as heads")
+    kv_heads = None if mixer.num_kv_heads is None else mixer.num_heads
+    _written_only_with(mixer, rope_theta=10000.0, conv_size=0, num_kv_heads=kv_heads)
     return {"model_type": "retnet", "architectures": ["RetNetForCausalLM"], **_projected_to_json(mixer)}, "fla"
 
 
@@ -295,8 +334,10 @@ def _read_linear(x: _Fields) -> tuple[dict[str, Any], str]:
 
 def _write_linear(mixer: LinearAttentionConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
     maps = {ours: theirs for theirs, ours in _FEATURES.items() if theirs is not None}
-    if mixer.output_gate or mixer.conv_size or mixer.output_norm != "rms" or mixer.feature_map not in maps:
-        raise CheckpointError("linear_attn there has an RMSNorm, no output gate or convolution, and fewer feature maps")
+    _written_only_with(mixer, output_gate=False, conv_size=0, output_norm="rms")
+    if mixer.feature_map not in maps:
+        allowed = ", ".join(map(str, maps))
+        raise CheckpointError(f"feature_map: must be one of {allowed} for config.json, got {mixer.feature_map!r}")
     fields = {"model_type": "linear_attn", "architectures": ["LinearAttentionForCausalLM"]}
     fields |= {name: getattr(mixer, name) for name in ("num_heads", "num_kv_heads", "expand_k", "expand_v")}
     return {**fields, "feature_map": maps[mixer.feature_map], "norm_feature_map": mixer.normalize}, "fla"
@@ -322,7 +363,7 @@ def _write_rwkv6(mixer: RWKV6Config, config: ModelConfig) -> tuple[dict[str, Any
     fields: dict[str, Any] = {"model_type": "rwkv6", "architectures": ["RWKV6ForCausalLM"], "hidden_act": "sqrelu"}
     fields |= {"num_heads": mixer.num_heads, "expand_k": mixer.expand_k, "expand_v": mixer.expand_v}
     fields |= {"proj_low_rank_dim": mixer.shift_low_rank, "gate_low_rank_dim": mixer.gate_low_rank}
-    return {**fields, "norm_bias": True, "norm_first": config.norms_embedding}, "rwkv6"
+    return {**fields, "norm_bias": True, "norm_first": config.embed_norm}, "rwkv6"
 
 
 def _limit(x: _Fields, name: str) -> tuple[float, float | None]:
@@ -420,8 +461,7 @@ def _read_attention(x: _Fields) -> tuple[dict[str, Any], str]:
 
 
 def _write_attention(mixer: SoftmaxAttentionConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
-    if mixer.qkv_bias:
-        raise CheckpointError("qkv_bias: llama and mistral have none")
+    _written_only_with(mixer, qkv_bias=False)
     fields: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
     if mixer.window is not None:
         fields |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": mixer.window}

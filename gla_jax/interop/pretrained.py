@@ -37,9 +37,10 @@ def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
     Args:
       folder: with config.json beside the arrays.
       changes: fields of our config that it does not say: param_dtype ("float32" unless given), dtype, remat,
-        implementation.
+        implementation; and cache_size, of all its softmax attention (max_position_embeddings by default).
 
     Raises:
+      ValueError: naming a change that is none of these, or whose value is not allowed.
       CheckpointError: naming the file, and the field or arrays that are missing, too much, or of another shape.
     """
     folder = Path(folder)
@@ -82,8 +83,10 @@ def save_pretrained(
       shard_bytes: at most this many bytes a file.
 
     Raises:
-      CheckpointError: no other library has such a model; the message says which option is ours alone.
+      CheckpointError: no other library has such a model, naming the option that is ours alone; or no such dtype.
     """
+    if dtype not in (None, *DTYPES):
+        raise CheckpointError(f"dtype: must be one of {', '.join(DTYPES)} or None, got {dtype!r}")
     fields, dialect = to_json(model.config if dtype is None else model.config.replace(param_dtype=dtype))
     flat = {path: param.get_value() for path, param in nnx.to_flat_state(nnx.state(model))}
     arrays = {}
@@ -112,8 +115,6 @@ def convert(source: Path | str, target: Path | str, *, dtype: str | None = None)
     """
     source, fields = Path(source), read_json(Path(source) / "config.json")
     dtype = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
     save_pretrained(load_pretrained(source), target, dtype=dtype)
     written = read_json(Path(target) / "config.json")
     kept = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in fields}

@@ -1,6 +1,7 @@
 """Text in and text out, with a tokenizer of the package `tokenizers`."""
 
 import importlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,24 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes `ids`, with U+FFFD for what is none; 0xFF, which no UTF-8 has, is left out."""
         return bytes(i for i in ids if i < 0xFF).decode(errors="replace")
+
+
+def save_byte_tokenizer(folder: Path | str) -> None:
+    """Write `ByteTokenizer` as a tokenizer.json; token 255, the boundary, is "<|endoftext|>", in a text as well."""
+    # What stands for each byte in byte-level BPE (GPT-2's): itself if it prints, else the next character from 256 on.
+    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    vocab = {chr(byte if byte in prints else next(others)): byte for byte in range(255)}
+    end, level = {"id": 255, "content": "<|endoftext|>", "special": True}, {"type": "ByteLevel", "trim_offsets": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    made = {
+        "version": "1.0",
+        "added_tokens": [{**end, **flags}],
+        "pre_tokenizer": {**level, "add_prefix_space": False, "use_regex": False},
+        "decoder": {**level, "add_prefix_space": False, "use_regex": False},
+        "model": {"type": "BPE", "vocab": {**vocab, "<|endoftext|>": 255}, "merges": []},
+    }
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
 
 
 def load_tokenizer(folder: Path | str) -> Any:

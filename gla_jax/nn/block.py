@@ -31,7 +31,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, mixer: MixerConfig | None = None, *, rngs: nnx.Rngs):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = NORMS[config.norms]
+        norm = NORMS[config.norm]
         self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
         mixing: dict[str, Any] = {
             "norm_eps": config.norm_eps,
@@ -42,10 +42,10 @@ class Block(nnx.Module):
             mixing["sequence_axis"] = config.sequence_axis
         self.mixer: Any = (mixer or config.mixers[0]).build(config.hidden_size, **mixing, **common)
         self.mlp: Any = nnx.data(None)
-        if config.feed_forward == "none":
+        if config.mlp == "none":
             return
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
-        mlp = SwiGLU if config.feed_forward == "swiglu" else ChannelMix
+        mlp = SwiGLU if config.mlp == "swiglu" else ChannelMix
         self.mlp = mlp(config.hidden_size, config.mlp_width, init_std=config.init_std, **common)
 
     def init_cache(self, batch_size: int) -> Any:

@@ -99,24 +99,30 @@ class ModelConfig(Checked):
         raise NotImplementedError
 
     @property
-    def norms(self) -> str:
+    def cache_limit(self) -> int | None:
+        """The most tokens that decoding can see: the least of its mixers' cache_limit, or None."""
+        attending = (mixer for mixer in self.mixers if isinstance(mixer, SoftmaxAttentionConfig))
+        return min((mixer.cache_limit for mixer in attending if mixer.cache_limit is not None), default=None)
+
+    @property
+    def norm(self) -> str:
         """Norm of the residual stream: rms or layer."""
         return "rms"
 
     @property
-    def norms_embedding(self) -> bool:
+    def embed_norm(self) -> bool:
         """Whether the embedding is normalised before the first block."""
         return False
 
     @property
-    def feed_forward(self) -> str:
+    def mlp(self) -> str:
         """What a block has after its mixer: swiglu, channel_mix or none."""
         return "swiglu"
 
     @property
     def mlp_width(self) -> int:
         """Hidden width of the MLP."""
-        if self.mlp_size is None and self.feed_forward == "channel_mix":
+        if self.mlp_size is None and self.mlp == "channel_mix":
             return -(-int(self.hidden_size * 3.5) // 32) * 32  # RWKV-6's
         return mlp_width(self.hidden_size, self.mlp_ratio) if self.mlp_size is None else self.mlp_size
 
@@ -156,21 +162,6 @@ class CausalLMConfig(ModelConfig):
     def mixers(self) -> tuple[MixerConfig, ...]:
         """The pattern, of one config if there is one kind of layer."""
         return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
-
-    @property
-    def norms(self) -> str:
-        """The field `norm`."""
-        return self.norm
-
-    @property
-    def norms_embedding(self) -> bool:
-        """The field `embed_norm`."""
-        return self.embed_norm
-
-    @property
-    def feed_forward(self) -> str:
-        """The field `mlp`."""
-        return self.mlp
 
     @classmethod
     def tiny(cls, mixer: str) -> "CausalLMConfig":

@@ -12,7 +12,16 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from gla_jax.array_types import Array
-from gla_jax.nn.prompt import PromptState, check_count, check_state, checked_prompt, is_integer, prefill_in_pieces
+from gla_jax.nn.prompt import (
+    PromptState,
+    check_count,
+    check_state,
+    checked_prompt,
+    is_integer,
+    longest,
+    prefill_in_pieces,
+)
+from gla_jax.nn.softmax_attention import check_room
 
 __all__ = ["generate", "sample", "stream"]
 
@@ -41,21 +50,22 @@ def generate(
     memory depends neither on the prompt's length nor on max_new_tokens (but for the tokens themselves).
 
     Args:
-      model: with `init_cache`, `prefill` and `step`, such as `CausalLM`.
+      model: with `config`, `init_cache`, `prefill` and `step`, such as `CausalLM`.
       prompt: [b, t] integers, t >= 1; one prompt a row, at the right end of its row. Or the `PromptState` of prompts
         that `read_prompt` has read.
-      max_new_tokens: how many to make, at least 1.
+      max_new_tokens: how many to make, at least 1. With softmax attention without a window, prompt and new tokens
+        together are at most its cache_size.
       key: a `jax.random.key`; needed if temperature > 0.
       temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
-      top_k: draw only from the k likeliest tokens, k >= 1.
-      top_p: draw only from the fewest tokens that together have this probability, 0 < p <= 1 (after top_k).
+      top_k: draw only from the k likeliest tokens, k >= 1; of equal ones, from the lowest.
+      top_p: draw only from the fewest tokens that together have this probability, 0 < p <= 1 (after top_k), in the
+        order of their probabilities, equal ones in that of their tokens.
       prompt_lengths: [b], how many tokens at the right of each row are its prompt, 1 to t; the rest is padding that
         nothing depends on. None for all of them.
       num_samples: continuations of each prompt, which is read once; its state is copied. Row i * num_samples + j of the
         result is the j-th of prompt i.
       stop_tokens: a row ends with the first of these; the rest of the row repeats it.
-      prefill_chunk: tokens read at a time, at least 1. Of chunks before its own, softmax attention without a window
-        sees the newest cache_size tokens alone.
+      prefill_chunk: tokens read at a time, at least 1.
 
     Returns:
       [b * num_samples, max_new_tokens] int32: the new tokens, without the prompt.
@@ -63,10 +73,8 @@ def generate(
     Raises:
       ValueError: naming the argument and what is allowed.
     """
-    prompt, lengths = _checked_start(prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
-    if isinstance(prompt, PromptState):
-        check_state("prompt", model, prompt)
-    draw, top_k = _checked_draw(key, temperature, top_k, top_p)
+    prompt, lengths = _checked_start(model, prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
+    draw, top_k = checked_draw(key, temperature, top_k, top_p)
     stops = _checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
     how = _How(top_k, stops, num_samples, prefill_chunk)
@@ -92,10 +100,8 @@ def stream(
 
     Ends after max_new_tokens, or when every row has met a stop token. Raises at the call, as `generate` does.
     """
-    prompt, lengths = _checked_start(prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
-    if isinstance(prompt, PromptState):
-        check_state("prompt", model, prompt)
-    draw, top_k = _checked_draw(key, temperature, top_k, top_p)
+    prompt, lengths = _checked_start(model, prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
+    draw, top_k = checked_draw(key, temperature, top_k, top_p)
     how = _How(top_k, _checked_stops(stop_tokens), num_samples, prefill_chunk)
     graphdef, params = nnx.split(model)
 
@@ -125,17 +131,30 @@ def sample(
     if temperature is None:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = (logits - jnp.max(logits, -1, keepdims=True)) / temperature
-    if top_k is not None:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if top_p is not None:
-        ordered = jnp.sort(logits, -1, descending=True)
-        probability = jax.nn.softmax(ordered, -1)
-        before = jnp.cumsum(probability, -1) - probability
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
     assert key is not None, "drawing needs a key"
-    return jax.random.categorical(key, logits, -1).astype(jnp.int32)
+    if top_k is None and top_p is None:
+        return jax.random.categorical(key, logits, -1).astype(jnp.int32)
+    tokens, logits = likeliest(logits, top_p, top_k)
+    chosen = jax.random.categorical(key, logits, -1)
+    return jnp.take_along_axis(tokens, chosen[:, None], 1)[:, 0]
+
+
+def likeliest(
+    logits: Float[Array, "b vocab"], top_p: Array | float | None, top_k: int | None
+) -> tuple[Int[Array, "b n"], Float[Array, "b n"]]:
+    """The tokens [b, n] that top_k and top_p leave, from the likeliest on, and their logits: -inf for one left out.
+
+    Equal logits stand in the order of their tokens, so that of a tie at the edge the lower token stays (transformers
+    keeps all of such a tie for top_k, and for top_p what its sort puts first).
+    """
+    logits, tokens = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
+    if top_p is not None:
+        probability = jax.nn.softmax(logits, -1)
+        before = jnp.cumsum(probability, -1) - probability
+        # Rounded sums may reach 1 before the last token; the likeliest always stays.
+        kept = (before < top_p) | (top_p >= 1) | (jnp.arange(logits.shape[-1]) == 0)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return tokens, logits
 
 
 class _Draw(NamedTuple):
@@ -156,19 +175,25 @@ class _How(NamedTuple):
 
 
 def _checked_start(
-    prompt: Any, lengths: Any, max_new_tokens: Any, num_samples: Any, prefill_chunk: Any
+    model: Any, prompt: Any, lengths: Any, max_new_tokens: Any, num_samples: Any, prefill_chunk: Any
 ) -> tuple[Any, Array | None]:
     check_count("max_new_tokens", max_new_tokens)
     check_count("num_samples", num_samples)
-    if not isinstance(prompt, PromptState):
-        return checked_prompt(prompt, lengths, prefill_chunk)
-    if lengths is not None:
-        raise ValueError("prompt_lengths: a state has read its prompts already, so it must be None")
-    check_count("prefill_chunk", prefill_chunk)
-    return prompt, None
+    if isinstance(prompt, PromptState):
+        if lengths is not None:
+            raise ValueError(f"prompt_lengths: must be None with a state, which has read its prompts, got {lengths!r}")
+        check_count("prefill_chunk", prefill_chunk)
+        check_state("prompt", model, prompt)
+        cache: Any = prompt.cache
+    else:
+        prompt, lengths = checked_prompt(prompt, lengths, prefill_chunk)
+        cache = {"position": np.asarray(longest(prompt, lengths))}
+    check_room("max_new_tokens", model.config.cache_limit, cache, max_new_tokens)
+    return prompt, lengths
 
 
-def _checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_Draw, int | None]:
+def checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_Draw, int | None]:
+    """What `sample` takes, or a ValueError that names the argument."""
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: must be 0 (the likeliest token) or positive, got {temperature!r}")
     if temperature > 0 and key is None:
@@ -179,6 +204,8 @@ def _checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_
         raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p!r}")
     if temperature == 0:
         return _Draw(None, None, None), None
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key: must be a jax.random.key, got {key!r}")
     return _Draw(key, temperature, top_p), top_k
 
 

@@ -10,10 +10,9 @@ from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.attention import Implementation
 from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.mamba2 import _inverse_softplus_of_time_steps
-from gla_jax.nn.recurrent import MixerConfig, check_common
+from gla_jax.nn.recurrent import Layer, Making, MixerConfig
 from gla_jax.nn.sharding import linear, parameter
 from gla_jax.segments import segment_starts
 
@@ -58,7 +57,7 @@ class _Inputs(NamedTuple):
     C: Array
 
 
-class Mamba(nnx.Module):
+class Mamba(Layer):
     """The Mamba layer (arXiv 2312.00752, algorithm 2 and section 3.4).
 
         u, z = split(x W_in),   u through a short convolution with silu
@@ -74,24 +73,13 @@ class Mamba(nnx.Module):
     options are the fields of `MambaConfig`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = self.config = MambaConfig(**options)
-        check_common(hidden_size, norm_eps, init_std, implementation)
+    config_type = MambaConfig
+
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        self.config = config
         self.width = config.expand * hidden_size
         self.rank = config.time_step_rank or -(-hidden_size // 16)
-        common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        weights, made = {"init_std": init_std, **common}, {"param_dtype": param_dtype, "rngs": rngs}
+        common, weights, made = making.parts, making.weights, making.parameters
         bias = config.projection_bias
         self.in_proj = linear(hidden_size, 2 * self.width, ("embed", "mlp"), bias=bias, **weights)
         self.conv = ShortConvolution(self.width, config.conv_size, bias=config.conv_bias, axis="mlp", **common)

@@ -14,6 +14,7 @@ from gla_jax.nn.block import Block
 from gla_jax.nn.config import NORMS, GLAConfig, ModelConfig
 from gla_jax.nn.recurrent import MixerConfig, RecurrentLayer
 from gla_jax.nn.sharding import by_rows, dot, embedding, gathered, linear, on_auto_axes, parameter
+from gla_jax.nn.softmax_attention import check_room
 from gla_jax.step import Stacked
 
 __all__ = ["CausalLM", "GLAForCausalLM"]
@@ -41,10 +42,10 @@ class CausalLM(nnx.Module):
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         common = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         weights = {"init_std": config.init_std, **common}
-        norm = NORMS[config.norms]
+        norm = NORMS[config.norm]
         self.embed = embedding(config.vocab_size, config.hidden_size, **weights)
         self.embed_norm: Any = nnx.data(None)
-        if config.norms_embedding:
+        if config.embed_norm:
             self.embed_norm = norm(config.hidden_size, eps=config.norm_eps, **common)
         self.lower_bounds: Any = nnx.data(None)
         if any(mixer.layer_input == "lower_bound" for mixer in config.mixers):
@@ -101,6 +102,8 @@ class CausalLM(nnx.Module):
         The arguments are those of `CausalLM.prefill`; padding may lie at the right, and at the left while the cache is
         empty.
         """
+        if segment_ids is None:
+            check_room("tokens", self.config.cache_limit, cache, tokens.shape[1])
 
         def run(model: CausalLM, tokens: Array, cache: Any, ids: Array | None) -> tuple[Array, Any]:
             caches = cache if len(model._stacks()) > 1 else (cache,)
@@ -154,7 +157,12 @@ class CausalLM(nnx.Module):
         Returns:
           Logits [b, vocab] after the last token of each row that is not padding, and the cache there. A row of nothing
           but padding keeps its cache; its logits mean nothing.
+
+        Raises:
+          ValueError: more tokens than the cache of `SoftmaxAttention` without a window holds, if their number is known.
         """
+        if segment_ids is None:
+            check_room("tokens", self.config.cache_limit, cache, tokens.shape[1])
         out_specs = (PartitionSpec(_like(tokens)[0], None), _specs(cache))
         return on_auto_axes(CausalLM._prefill, self, tokens, cache, segment_ids, out_specs=out_specs)
 
@@ -169,7 +177,12 @@ class CausalLM(nnx.Module):
         return self.logits(jnp.take_along_axis(x, last[:, None, None], 1)[:, 0]), cache
 
     def step(self, token: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b vocab"], Any]:
-        """Logits [b, vocab] after one more token [b], and the cache after it, in constant time and memory."""
+        """Logits [b, vocab] after one more token [b], and the cache after it, in constant time and memory.
+
+        Raises:
+          ValueError: as `prefill`.
+        """
+        check_room("token", self.config.cache_limit, cache, 1)
         return on_auto_axes(CausalLM._step, self, token, cache, out_specs=(_like(token, None), _specs(cache)))
 
     def _step(self, token: Array, cache: Any) -> tuple[Array, Any]:

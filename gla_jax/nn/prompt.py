@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from gla_jax import files
 from gla_jax.array_types import Array
+from gla_jax.nn.softmax_attention import check_room
 
 __all__ = ["PromptState", "load_state", "prefill_in_pieces", "read_prompt", "save_state"]
 
@@ -39,8 +40,10 @@ def read_prompt(
     prompt, lengths = checked_prompt(prompt, prompt_lengths, prefill_chunk)
     if state is not None:
         check_state("state", model, state, prompt.shape[0])
+    limit, cache = cast(Any, model).config.cache_limit, None if state is None else state.cache
+    check_room("prompt", limit, cache, longest(prompt, lengths))
     graphdef, params = nnx.split(model)
-    return _read(graphdef, params, prompt, lengths, None if state is None else state.cache, prefill_chunk)
+    return _read(graphdef, params, prompt, lengths, cache, prefill_chunk)
 
 
 def save_state(path: Path | str, state: PromptState) -> None:
@@ -68,12 +71,12 @@ def load_state(path: Path | str, model: nnx.Module) -> PromptState:
 
 def checked_prompt(prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array, Array | None]:
     """The prompt [b, t] as int32 and its lengths, or a ValueError that names what is wrong."""
-    prompt = jnp.asarray(prompt)
+    prompt = _as_array("prompt", prompt, "[b, t]")
     if prompt.ndim != 2 or 0 in prompt.shape or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(f"prompt: must be integers [b, t], b and t >= 1, got {prompt.dtype} {list(prompt.shape)}")
     check_count("prefill_chunk", prefill_chunk)
     if lengths is not None:
-        lengths, (b, t) = jnp.asarray(lengths), prompt.shape
+        lengths, (b, t) = _as_array("prompt_lengths", lengths, "[b]"), prompt.shape
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise ValueError(f"prompt_lengths: must be integers, got {lengths.dtype}")
         if lengths.shape != (b,):
@@ -83,8 +86,24 @@ def checked_prompt(prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array
     return prompt.astype(jnp.int32), lengths
 
 
-def check_state(name: str, model: Any, state: PromptState, batch: int | None = None) -> None:
+def _as_array(name: str, x: Any, letters: str) -> Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):  # text, or rows of different lengths
+        raise ValueError(f"{name}: must be an array of integers {letters}, got {x!r:.60}") from None
+
+
+def longest(prompt: Array, lengths: Array | None) -> int:
+    """Tokens of the longest prompt; 1 if that is traced."""
+    if lengths is None:
+        return prompt.shape[1]
+    return 1 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
+
+
+def check_state(name: str, model: Any, state: Any, batch: int | None = None) -> None:
     """A ValueError unless the state is of a model like this one, and of so many rows."""
+    if not isinstance(state, PromptState):
+        raise ValueError(f"{name}: must be a PromptState, got {type(state).__name__}")
     rows = state.logits.shape[0] if batch is None else batch
     logits: Any = jax.ShapeDtypeStruct((rows, model.config.vocab_size), jnp.float32)
     ours, theirs = map(_named, (PromptState(logits, jax.eval_shape(lambda: model.init_cache(rows))), state))

@@ -16,7 +16,7 @@ from gla_jax.nn.rope import positions_after
 from gla_jax.sequence_parallel import sequence_parallel
 from gla_jax.step import Stacked, gated_linear_attention_step, step_in_stack
 
-__all__ = ["Making", "MixerConfig", "RecurrentLayer", "check_common", "head_width"]
+__all__ = ["Layer", "Making", "MixerConfig", "RecurrentLayer", "check_common", "head_width"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,26 +60,13 @@ class Making(NamedTuple):
         return {"init_std": self.init_std, **self.parts}
 
 
-class RecurrentLayer(nnx.Module):
-    """A layer whose memory is the op's state [b, hk, k, v], float32, of a size that does not depend on the past.
-
-    A kind of layer names its config and makes its parts (`_make`). It says which streams it projects x to (`_streams`;
-    a stream with the name of a short convolution goes through it), which arguments of the op they make (`_arguments`),
-    and what becomes of its output (`_output`).
-    """
+class Layer(nnx.Module):
+    """What mixes tokens over time. A kind of layer names its config and makes its parts (`_make`)."""
 
     config_type: ClassVar[type[MixerConfig]]
     """The options that the constructor takes beside its own arguments."""
-    convolutions: ClassVar[tuple[str, ...]] = ()
-    """Attributes that hold a short convolution, or None."""
-    reads_positions: ClassVar[bool] = False
-    """Whether `_arguments` needs each token's place in its document."""
-    scale: float | None = None
-    """What the op multiplies queries by; None for k^-0.5."""
     implementation: Any = None
     """Of the op: None for the best there is, or a name (see `gated_linear_attention`)."""
-    sequence_axis: str | None = None
-    """Mesh axis over which whole sequences are sharded in time, or None."""
 
     def __init__(
         self,
@@ -99,6 +86,23 @@ class RecurrentLayer(nnx.Module):
 
     def _make(self, hidden_size: int, config: Any, making: Making) -> None:
         raise NotImplementedError
+
+
+class RecurrentLayer(Layer):
+    """A layer whose memory is the op's state [b, hk, k, v], float32, of a size that does not depend on the past.
+
+    A kind of layer says which streams it projects x to (`_streams`; a stream with the name of a short convolution goes
+    through it), which arguments of the op they make (`_arguments`), and what becomes of its output (`_output`).
+    """
+
+    convolutions: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold a short convolution, or None."""
+    reads_positions: ClassVar[bool] = False
+    """Whether `_arguments` needs each token's place in its document."""
+    scale: float | None = None
+    """What the op multiplies queries by; None for k^-0.5."""
+    sequence_axis: str | None = None
+    """Mesh axis over which whole sequences are sharded in time, or None."""
 
     def _state_shape(self) -> tuple[int, int, int]:
         """[hk, k, v] of the state."""

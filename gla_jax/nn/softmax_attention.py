@@ -5,17 +5,16 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jaxtyping import Float
 
 from gla_jax.array_types import Array, Ids
-from gla_jax.attention import Implementation
-from gla_jax.nn.recurrent import MixerConfig, check_common
+from gla_jax.nn.recurrent import Layer, Making, MixerConfig
 from gla_jax.nn.rope import positions_after, rotate
 from gla_jax.nn.sharding import linear
 from gla_jax.segments import segment_starts
 
-__all__ = ["SoftmaxAttention", "SoftmaxAttentionConfig"]
+__all__ = ["SoftmaxAttention", "SoftmaxAttentionConfig", "check_room"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class SoftmaxAttentionConfig(MixerConfig):
     window: int | None = None
     """Tokens that a token sees, itself and those before it (sliding-window attention); None for all."""
     cache_size: int = 2048
-    """Tokens that decoding keeps, if window is None: past it, a token sees the newest cache_size alone."""
+    """Tokens that decoding keeps, if window is None; more are refused where their number is known."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding."""
     qkv_bias: bool = False
@@ -51,37 +50,34 @@ class SoftmaxAttentionConfig(MixerConfig):
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise ValueError(f"num_kv_heads: must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
 
+    @property
+    def cache_limit(self) -> int | None:
+        """The most tokens that decoding can see: cache_size, or None with a window, which needs no more than it has."""
+        return self.cache_size if self.window is None else None
+
     def build(self, hidden_size: int, **common: Any) -> "SoftmaxAttention":
         """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
         return SoftmaxAttention(hidden_size, **self.options(), **common)
 
 
-class SoftmaxAttention(nnx.Module):
+class SoftmaxAttention(Layer):
     """Causal softmax attention, as in Llama: the Transformer++ of arXiv 2312.06635, section 5.1.
 
         q, k, v = rope(x W_q), rope(x W_k), x W_v
         y = concat_heads(softmax(head_size^-0.5 q k^T, over the tokens in the window) v) W_o
 
     by `jax.nn.dot_product_attention`. The cache is a ring of the newest `window` (or cache_size) keys and values,
-    {"k", "v": [b, w, hk, head_size], "position": [b]}: decoding beyond cache_size tokens goes on with a sliding window
-    of that size. `prefill` itself sees all tokens that it is given. Arguments and errors as in `GatedLinearAttention`,
-    where `implementation` and `norm_eps` have no meaning here; options are the fields of `SoftmaxAttentionConfig`.
+    {"k", "v": [b, w, hk, head_size], "position": [b]}. Without a window, `prefill` and `step` raise a ValueError for
+    more than cache_size tokens, if their number is known: it is not in compiled code that is handed the position, nor
+    with segment_ids. There a token sees the newest cache_size, itself among them, in whatever pieces they come.
+    Arguments and errors as in `GatedLinearAttention`, where `implementation` and `norm_eps` have no meaning here;
+    options are the fields of `SoftmaxAttentionConfig`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        implementation: Implementation | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        config = self.config = SoftmaxAttentionConfig(**options)
-        check_common(hidden_size, norm_eps, init_std, implementation)
+    config_type = SoftmaxAttentionConfig
+
+    def _make(self, hidden_size: int, config: Any, making: Making) -> None:
+        self.config = config
         if config.head_size is None and hidden_size % config.num_heads:
             raise ValueError(f"num_heads: must divide hidden_size = {hidden_size}, got {config.num_heads}")
         self.head_size = config.head_size or hidden_size // config.num_heads
@@ -89,13 +85,12 @@ class SoftmaxAttention(nnx.Module):
             raise ValueError(f"head_size: rotary embedding needs an even head width, got {self.head_size}")
         self.num_kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         width, kv_width = config.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        weights = {"init_std": init_std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        bias = config.qkv_bias
+        weights, bias = making.weights, config.qkv_bias
         self.q_proj = linear(hidden_size, width, ("embed", "heads"), bias=bias, **weights)
         self.k_proj = linear(hidden_size, kv_width, ("embed", "kv_heads"), bias=bias, **weights)
         self.v_proj = linear(hidden_size, kv_width, ("embed", "kv_heads"), bias=bias, **weights)
         self.o_proj = linear(width, hidden_size, ("heads", "embed"), **weights)
-        self.dtype = dtype or param_dtype
+        self.dtype = making.dtype or making.param_dtype
 
     def init_cache(self, batch_size: int) -> dict[str, Array]:
         """The cache before the first token of batch_size sequences: zeros, and position 0."""
@@ -119,13 +114,15 @@ class SoftmaxAttention(nnx.Module):
             return self._output(y, x.shape)
         documents = _documents(segment_ids)
         mask = (documents[:, :, None] == documents[:, None]) & (segment_ids >= 0)[:, None]
-        mask &= self._near(position[:, :, None], position[:, None])
+        mask &= _near(position[:, :, None], position[:, None], self.config.window)
         return self._output(jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), x.shape)
 
     def prefill(
         self, x: Float[Array, "b t d"], cache: dict[str, Array], segment_ids: Ids | None = None, layer_input: Any = None
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         """The layer over x [b, t, d] after what the cache has seen; the rest as in `GatedLinearAttention.prefill`."""
+        if segment_ids is None:
+            check_room("x", self.config.cache_limit, cache, x.shape[1])
         size, (batch, time, _) = cache["k"].shape[1], x.shape
         position, after = positions_after(x.shape[:2], cache["position"], segment_ids)
         q, k, v = self._heads(x, position)
@@ -135,7 +132,7 @@ class SoftmaxAttention(nnx.Module):
         places = _places(cache["position"], size)
         seen = jnp.broadcast_to((places >= 0)[:, None], (batch, time, size)) & (documents == 0)[..., None]
         own = (documents[:, :, None] == documents[:, None]) & valid[:, None]
-        near = self._near(position[:, :, None], jnp.concatenate([places, position], 1)[:, None])
+        near = _near(position[:, :, None], jnp.concatenate([places, position], 1)[:, None], size)
         mask = jnp.concatenate([seen, own], 2) & near
         keys, values = (jnp.concatenate([cache[n].astype(y.dtype), y], 1) for n, y in (("k", k), ("v", v)))
         y = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
@@ -153,6 +150,7 @@ class SoftmaxAttention(nnx.Module):
 
         layer_input is not read.
         """
+        check_room("x", self.config.cache_limit, cache, 1)
         size, position = cache["k"].shape[1], cache["position"]
         q, k, v = self._heads(x[:, None], position[:, None])
         rows = jnp.arange(x.shape[0])
@@ -169,12 +167,28 @@ class SoftmaxAttention(nnx.Module):
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_size) for p in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, position, self.config.rope_theta), rotate(k, position, self.config.rope_theta), v
 
-    def _near(self, query: Array, key: Array) -> Array:
-        near = key <= query
-        return near if self.config.window is None else near & (query - key < self.config.window)
-
     def _output(self, y: Array, shape: tuple[int, ...]) -> Array:
         return self.o_proj(y.reshape(*shape[:2], -1))
+
+
+def check_room(name: str, limit: int | None, cache: Any, new: int) -> None:
+    """A ValueError if the cache's and `new` tokens are known to be more than `limit`; a traced position counts as 0."""
+    if limit is None:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(cache)
+    positions = [x for path, x in leaves if path[-1] == jax.tree_util.DictKey("position")]
+    known = (x for x in positions if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True))
+    seen = max((int(np.max(np.asarray(x))) for x in known), default=0)
+    if seen + new > limit:
+        raise ValueError(
+            f"{name}: softmax attention without a window must have at most cache_size = {limit} tokens, "
+            f"got {new} after {seen}"
+        )
+
+
+def _near(query: Array, key: Array, window: int | None) -> Array:
+    near = key <= query
+    return near if window is None else near & (query - key < window)
 
 
 def _documents(segment_ids: Ids) -> Array:

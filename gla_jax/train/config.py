@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from gla_jax.nn import CausalLMConfig, GLAConfig
 from gla_jax.nn.config import MIXERS, ModelConfig
@@ -14,6 +14,23 @@ __all__ = ["InputError", "MeshConfig", "TrainConfig", "config_from_json", "confi
 
 class InputError(ValueError):
     """Something the user gave is unusable; the message is one line that names the argument and what is allowed."""
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    """An InputError that names a field whose value is not of its declared type."""
+    for field in dataclasses.fields(config):
+        kind: Any = field.type
+        value = getattr(config, field.name)
+        allowed = f"of type {getattr(kind, '__name__', str(kind).replace('pathlib.', ''))}"
+        if get_origin(kind) is Literal:
+            fits, allowed = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+        elif isinstance(value, bool):
+            fits = kind is bool
+        else:
+            plain = get_origin(kind) if get_origin(kind) is tuple else kind
+            fits = isinstance(value, plain) or (isinstance(value, int) and float in (kind, *get_args(kind)))
+        if not fits:
+            raise InputError(f"argument --{prefix}{field.name.replace('_', '-')}: must be {allowed}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +49,7 @@ class MeshConfig:
     """Whether JAX's partitioner or JAX's types say where arrays lie between steps; steps compute the same."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "mesh.")
         for name in ("data", "fsdp", "tensor", "sequence"):
             given = getattr(self, name)
             if not (given is None and name == "data") and given < 1:
@@ -108,6 +126,7 @@ class TrainConfig:
     """Log to this project of Weights & Biases, too."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in (
             "steps",
             "batch",
@@ -135,6 +154,10 @@ class TrainConfig:
         self._require("pieces", self.pieces == 1 or self.mesh.sequence == 1, "1 with --mesh.sequence above 1")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample", self.sample >= 0, "at least 0")
+        if (limit := self.model.cache_limit) is not None:
+            self._require("sample", self.sample < limit, f"below --model.mixer.cache-size = {limit}")
+            read = self.pieces == 1 or self.length <= limit
+            self._require("pieces", read, f"1 with --length above --model.mixer.cache-size = {limit}")
         self._require("profile", self.profile is None or self.profile >= 1, "at least 1 or None")
         self._require("seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
         if self.model.vocab_size < 256:

@@ -18,6 +18,8 @@ from gla_jax.nn import (
     GatedLinearAttentionConfig,
     GLAConfig,
     LightningAttention,
+    LinearAttentionConfig,
+    RetentionConfig,
     SimpleGatedLinearAttention,
     SoftmaxAttentionConfig,
 )
@@ -218,16 +220,48 @@ def test_what_is_missing_too_much_and_of_another_shape_is_listed(copy):
 def test_models_that_no_one_else_has_are_not_saved(tmp_path):
     small = {"vocab_size": 24, "hidden_size": 32, "num_layers": 2, "mlp_size": 24}
     attention, gla = SoftmaxAttentionConfig(num_heads=2), GatedLinearAttentionConfig(num_heads=2)
+    first = {"output_gate_bias": True, "output_norm": "layer", "output_norm_affine": False}
+    one = lambda mixer: CausalLMConfig(mixer=mixer, **small)
     for config, says in (
-        (GLAConfig(**small, gate_low_rank=4), "gate_low_rank and gate_normalizer have no place in config.json"),
-        (CausalLMConfig(mixer=MIXERS["lightning"], **small), "mixer: no checkpoint there has LightningAttention"),
-        (CausalLMConfig(mixer=MIXERS["mamba"], **small), "mlp: no mamba checkpoint has 'swiglu'"),
-        (CausalLMConfig(mixer=(attention, attention.replace(window=4)), **small), "mixer: checkpoints there have one"),
-        (CausalLMConfig(mixer=(gla, attention.replace(head_size=8)), **small), "head_size: in a pattern, "),
+        (GLAConfig(**small, gate_low_rank=4), "gate_low_rank: must be 16 for config.json, got 4"),
+        (GLAConfig(**small, feature_map="elu1"), "feature_map: must be another for config.json, got 'elu1'"),
+        (GLAConfig(**small, **first, norm_eps=1e-6), "mlp_size: must be 256 in the paper's first release, got 24"),
+        (GLAConfig(**small, **first, conv_size=4), "conv_size: must be 0 for config.json, got 4"),
+        (one(MIXERS["lightning"]), "mixer: must be one of GatedLinear"),
+        (one(MIXERS["mamba"]), "mlp: must be 'none' for mamba's config.json, got 'swiglu'"),
+        (one(RetentionConfig(num_heads=2, conv_size=2)), "conv_size: must be 0 for config.json, got 2"),
+        (one(LinearAttentionConfig(num_heads=2, output_gate=True)), "output_gate: must be False for config.json"),
+        (one(attention.replace(qkv_bias=True)), "qkv_bias: must be False for config.json, got True"),
+        (one((attention, attention.replace(window=4))), "mixer: must be one layer's config, and softmax attention"),
+        (one((gla, attention.replace(head_size=8))), "head_size: must be hidden_size / num_heads = 16 for a pattern"),
     ):
         with pytest.raises(CheckpointError) as error:
             save_pretrained(build(config), tmp_path)
         assert str(error.value).startswith(says)
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_may_be_changed_on_loading():
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 24,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 8,
+    }
+    fields |= {"num_attention_heads": 4, "max_position_embeddings": 16}
+    assert from_json(fields).config.cache_limit == 16
+    assert from_json(fields, cache_size=99).config.cache_limit == 99
+    pattern = {"model_type": "gla", "num_heads": 2, "attn": {"layers": [1], "num_heads": 2}}
+    assert [m.cache_limit for m in from_json(fields | pattern, cache_size=7).config.mixers[1:]] == [7]
+    with pytest.raises(ValueError, match=r"^cache_size: must be at least 1, got 0$"):
+        from_json(fields, cache_size=0)
+    with pytest.raises(ValueError, match=r"^cache_size: must be left out without softmax attention, got 9$"):
+        from_json(fields | {"model_type": "gla", "num_heads": 4}, cache_size=9)
+    with pytest.raises(
+        ValueError, match=r"^changes: must be of param_dtype, dtype, .*, cache_size, got 'hidden_size'$"
+    ):
+        from_json(fields, hidden_size=9)
 
 
 def test_options_that_do_not_fit_the_width_are_the_checkpoint_s_error(copy):

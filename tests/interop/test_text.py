@@ -3,8 +3,8 @@
 import pytest
 
 from gla_jax.files import CheckpointError
-from gla_jax.interop import load_tokenizer, stream_text
-from gla_jax.interop.text import _pieces, text_after
+from gla_jax.interop import ByteTokenizer, load_tokenizer, stream_text
+from gla_jax.interop.text import _pieces, save_byte_tokenizer, text_after
 from tests.nn.family import CONFIGS
 from tests.nn.options import build
 
@@ -121,3 +121,15 @@ def test_a_text_stands_after_one_token():
 
     assert text_after(Bytes(), "a", 255) == [255, 97]
     assert text_after(Beginning(), "a", 255) == [256, 97]
+
+
+def test_the_tokenizer_of_bytes_is_saved_for_other_libraries(tmp_path):
+    pytest.importorskip("tokenizers", reason="the extra gla_jax[hub] is not installed")
+    save_byte_tokenizer(tmp_path)
+    there, ours = load_tokenizer(tmp_path), ByteTokenizer()
+    for text in ("", "To be é 漢字 👩‍👩‍👧\n\t\x00 ÿ¡\xad", "  a  b"):
+        assert there.encode(text).ids == ours.encode(text).ids
+        assert there.decode(there.encode(text).ids) == text
+    assert [there.decode([i]) for i in range(256)] == [ours.decode([i]) for i in range(256)]
+    assert there.get_vocab_size() == 256
+    assert there.encode("a<|endoftext|>").ids == [97, 255]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gla_jax.nn import DEFAULT_RULES, CausalLM, generate
+from gla_jax.nn import DEFAULT_RULES, CausalLM, generate, read_prompt, stream
+from gla_jax.nn.generate import _checked_start
 
 from .family import CONFIGS, model_of
 from .options import build, forward, lengths_as_ids, prefill, step, tokens
@@ -143,18 +144,55 @@ def test_generation_of_a_hybrid_with_a_padded_batch():
         np.testing.assert_array_equal(made[row], generate(model, prompt[row : row + 1, -length:], 5)[0])
 
 
-def test_attention_past_its_cache_sees_the_newest_tokens():
-    model = build(model_of("window"))
-    wide = build(model_of("softmax"))
-    # A ring of 5 that is full behaves as a window of 5.
-    config = CONFIGS["softmax"].mixers[0].replace(cache_size=5)
-    ring = build(CONFIGS["softmax"].replace(mixer=config))
-    inputs = tokens(2, 20)
+@pytest.mark.parametrize("piece", [1, 3, 5, 20])
+def test_attention_past_its_cache_is_a_window_of_that_size_whatever_the_pieces(piece):
+    # In compiled code, which cannot know how much the cache has seen.
+    ring, inputs = small_cache("softmax", 5), tokens(2, 20)
+    expected = forward(build(model_of("window")), inputs)[:, -1]
     cache = ring.init_cache(2)
-    for t in range(20):
-        logits, cache = step(ring, inputs[:, t], cache)
-    np.testing.assert_allclose(logits, forward(model, inputs)[:, -1], **CLOSE)
-    assert ratio(forward(wide, inputs)[:, -1], logits) > 1e-2
+    for t in range(0, 20, piece):
+        part = inputs[:, t : t + piece]
+        logits, cache = step(ring, part[:, 0], cache) if piece == 1 else prefill(ring, part, cache, 0 * part)
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+    if piece == 1:
+        assert ratio(forward(build(model_of("softmax")), inputs)[:, -1], logits) > 1e-2
+
+
+def test_more_tokens_than_a_cache_without_a_window_are_refused():
+    model, prompt = small_cache("softmax", 9), tokens(2, 6)
+    says = "softmax attention without a window must have at most cache_size = 9 tokens, got"
+    state = read_prompt(model, prompt)
+    full = jax.tree_util.tree_map_with_path(lambda path, x: x + 3 * (path[-1].key == "position"), state.cache)
+    _checked_start(model, prompt, None, 3, 1, 4)
+    _checked_start(model, tokens(2, 20), [2, 6], 3, 1, 4)  # padding is no token
+    layer, x = model.config.mixers[0].build(32, rngs=nnx.Rngs(0)), jnp.ones((1, 10, 32))
+    for call, wrong in (
+        (lambda: generate(model, prompt, 4), f"max_new_tokens: {says} 4 after 6"),
+        (lambda: stream(model, state, 4), f"max_new_tokens: {says} 4 after 6"),
+        (lambda: generate(model, prompt, 8, prompt_lengths=[1, 2]), f"max_new_tokens: {says} 8 after 2"),
+        (lambda: read_prompt(model, tokens(1, 10)), f"prompt: {says} 10 after 0"),
+        (lambda: read_prompt(model, tokens(2, 4), state=state), f"prompt: {says} 4 after 6"),
+        (lambda: model.prefill(tokens(2, 4), state.cache), f"tokens: {says} 4 after 6"),
+        (lambda: forward_after(model, tokens(1, 10)), f"tokens: {says} 10 after 0"),
+        (lambda: model.step(prompt[:, 0], full), f"token: {says} 1 after 9"),
+        (lambda: layer.prefill(x, layer.init_cache(1)), f"x: {says} 10 after 0"),
+        (lambda: layer.step(x[:, 0], {**layer.init_cache(1), "position": jnp.array([9])}), f"x: {says} 1 after 9"),
+    ):
+        with pytest.raises(ValueError, match=r"^\w+: softmax attention") as error:
+            call()
+        assert str(error.value) == wrong
+    # With a window nothing is lost, and a layer on the op has no bound.
+    assert build(CONFIGS["hybrid"]).config.cache_limit is None
+    assert CONFIGS["gla"].cache_limit is None
+
+
+def small_cache(name: str, size: int) -> CausalLM:
+    mixers = (m.replace(cache_size=size) if hasattr(m, "cache_size") else m for m in CONFIGS[name].mixers)
+    return build(CONFIGS[name].replace(mixer=tuple(mixers)))
+
+
+def forward_after(model, inputs):
+    return jax.eval_shape(lambda x: model.hidden_after(x, model.init_cache(1)), inputs)
 
 
 def test_a_bad_mixer_is_named():

@@ -8,7 +8,8 @@ from flax import nnx
 
 from gla_jax.files import CheckpointError
 from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, load_state, read_prompt, save_state, stream
-from gla_jax.nn.generate import _checked_draw, _checked_start, _checked_stops, _compiled, _generate, sample
+from gla_jax.nn.generate import _checked_start, _checked_stops, _compiled, _generate, checked_draw, likeliest, sample
+from gla_jax.nn.prompt import check_state
 
 from .family import CONFIGS
 from .options import OPTIONS, build, forward, tokens
@@ -71,7 +72,9 @@ def test_a_prompt_s_state_can_be_kept_saved_and_gone_on_from(name, tmp_path):
     np.testing.assert_array_equal(generate(model, loaded, 5), expected)
     np.testing.assert_array_equal(np.stack(list(stream(model, loaded, 5)), 1), expected)
     np.testing.assert_array_equal(generate(model, loaded, 5), expected)
-    with pytest.raises(ValueError, match=r"^prompt_lengths: a state has read its prompts already"):
+    with pytest.raises(
+        ValueError, match=r"^prompt_lengths: must be None with a state, which has read its prompts, got"
+    ):
         generate(model, state, 5, prompt_lengths=[1, 1])
     with pytest.raises(CheckpointError, match=r": cache\.\S+ is .* there, and .* in this model$"):
         load_state(tmp_path / "prompt.safetensors", build(CONFIGS["gla"].replace(num_layers=3)))
@@ -139,6 +142,36 @@ def test_sample_draws_from_the_distribution_it_says():
     np.testing.assert_allclose(frequencies(logits, temperature=1.0, top_k=99, top_p=1.0), np.exp(logits), **close)
 
 
+def in_order(row, top_p, top_k):
+    """The tokens that are kept, by numpy in float64."""
+    order = np.argsort(-row, kind="stable")[:top_k]
+    if top_p is None:
+        return order
+    probability = np.exp(row[order] - row.max())
+    before = np.concatenate([[0], np.cumsum(probability / probability.sum())[:-1]])
+    return order[before < top_p]
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 3, 7, 99])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.35, 0.8, 1.0])
+def test_ties_at_the_edge_are_cut_in_the_order_of_tokens(top_k, top_p):
+    # One of three values each: every edge lies within a tie.
+    logits = np.random.default_rng(0).integers(0, 3, (20, 40)).astype(np.float32)
+    tokens, left = map(np.asarray, likeliest(jnp.asarray(logits), top_p, top_k))
+    for row, own, values in zip(logits.astype(np.float64), tokens, left, strict=True):
+        want = in_order(row, top_p, top_k)
+        np.testing.assert_array_equal(own[np.isfinite(values)], want)
+        np.testing.assert_array_equal(values[: len(want)], row[want])
+        assert top_p is not None or len(want) == min(top_k or 40, 40)
+
+
+def test_draws_stay_within_a_cut_tie():
+    tied = jnp.zeros((5,))
+    close = {"atol": 0.03}
+    np.testing.assert_allclose(frequencies(tied, temperature=1.0, top_k=2), [0.5, 0.5, 0, 0, 0], **close)
+    np.testing.assert_allclose(frequencies(tied, temperature=1.0, top_p=0.5), [1 / 3] * 3 + [0, 0], **close)
+
+
 def test_memory_does_not_depend_on_lengths():
     config = GLAConfig.tiny().replace(layer_unroll=1)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: GLAForCausalLM(config, rngs=nnx.Rngs(0))))
@@ -200,16 +233,30 @@ def test_bad_arguments_are_named(model, function, arguments, says):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: _checked_start([[1]], None, 2.5, 1, 8), "max_new_tokens: must be at least 1, got 2.5"),
-        (lambda: _checked_start([[1]], None, True, 1, 8), "max_new_tokens: must be at least 1, got True"),
-        (lambda: _checked_start([[1]], None, 1, 1, "8"), "prefill_chunk: must be at least 1, got '8'"),
-        (lambda: _checked_start([[1]], [1.0], 1, 1, 8), "prompt_lengths: must be integers, got float32"),
-        (lambda: _checked_start([[1]], None, 1, 0, 8), "num_samples: must be at least 1, got 0"),
-        (lambda: _checked_draw(None, "hot", None, None), "temperature: must be 0 (the likeliest token) or positive"),
-        (lambda: _checked_draw(None, np.inf, None, None), "temperature: must be 0 (the likeliest token) or positive"),
-        (lambda: _checked_draw(None, 1.0, 1.5, None), "key: a temperature above 0 needs"),
-        (lambda: _checked_draw(0, 1.0, 1.5, None), "top_k: must be at least 1 or None, got 1.5"),
-        (lambda: _checked_draw(0, 1.0, None, "0.9"), "top_p: must be above 0 and at most 1, or None, got '0.9'"),
+        (lambda: _checked_start(None, [[1]], None, 2.5, 1, 8), "max_new_tokens: must be at least 1, got 2.5"),
+        (lambda: _checked_start(None, [[1]], None, True, 1, 8), "max_new_tokens: must be at least 1, got True"),
+        (lambda: _checked_start(None, [[1]], None, 1, 1, "8"), "prefill_chunk: must be at least 1, got '8'"),
+        (lambda: _checked_start(None, [[1]], [1.0], 1, 1, 8), "prompt_lengths: must be integers, got float32"),
+        (lambda: _checked_start(None, [[1]], None, 1, 0, 8), "num_samples: must be at least 1, got 0"),
+        (lambda: checked_draw(None, "hot", None, None), "temperature: must be 0 (the likeliest token) or positive"),
+        (lambda: checked_draw(None, np.inf, None, None), "temperature: must be 0 (the likeliest token) or positive"),
+        (lambda: checked_draw(None, 1.0, 1.5, None), "key: a temperature above 0 needs"),
+        (lambda: checked_draw(0, 1.0, 1.5, None), "top_k: must be at least 1 or None, got 1.5"),
+        (lambda: checked_draw(0, 1.0, None, None), "key: must be a jax.random.key, got 0"),
+        (
+            lambda: _checked_start(None, [[1, 2], [3]], None, 1, 1, 8),
+            "prompt: must be an array of integers [b, t], got",
+        ),
+        (
+            lambda: _checked_start(None, "To be", None, 1, 1, 8),
+            "prompt: must be an array of integers [b, t], got",
+        ),
+        (
+            lambda: _checked_start(None, [[1]], "a", 1, 1, 8),
+            "prompt_lengths: must be an array of integers",
+        ),
+        (lambda: check_state("state", None, 3), "state: must be a PromptState, got int"),
+        (lambda: checked_draw(0, 1.0, None, "0.9"), "top_p: must be above 0 and at most 1, or None, got '0.9'"),
         (lambda: _checked_stops(7), "stop_tokens: must be a sequence of integers, got 7"),
         (lambda: _checked_stops(("a",)), "stop_tokens: must be a sequence of integers, got ('a',)"),
         (lambda: _checked_stops([0.5]), "stop_tokens: must be a sequence of integers, got [0.5]"),

@@ -6,7 +6,7 @@ import pytest
 from gla_jax.nn import CausalLMConfig, GatedLinearAttentionConfig
 from gla_jax.nn.config import MIXERS
 from gla_jax.train import InputError, MeshConfig, TrainConfig
-from gla_jax.train.config import config_from_json, config_to_json, differences
+from gla_jax.train.config import _check_types, config_from_json, config_to_json, differences
 
 from .small import small
 
@@ -49,6 +49,40 @@ def test_bad_values_are_named(field, value, message):
     with pytest.raises(InputError) as error:
         TrainConfig(**{field: value})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("run", "runs/a", "argument --run: must be of type Path, got 'runs/a'"),
+        ("data", 3, "argument --data: must be of type Path | None, got 3"),
+        ("steps", "3", "argument --steps: must be of type int, got '3'"),
+        ("batch", True, "argument --batch: must be of type int, got True"),
+        ("spike", "x", "argument --spike: must be of type float | None, got 'x'"),
+        ("mix", ["a=1"], "argument --mix: must be of type tuple, got ['a=1']"),
+        ("optimizer", "sgd", "argument --optimizer: must be one of muon, adamw, got 'sgd'"),
+        ("mesh", 3, "argument --mesh: must be of type MeshConfig, got 3"),
+        ("model", None, "argument --model: must be of type ModelConfig, got None"),
+    ],
+)
+def test_wrong_types_are_named(field, value, message):
+    # The check by itself: while tests run, beartype would refuse most of these values first.
+    config = TrainConfig()
+    object.__setattr__(config, field, value)
+    with pytest.raises(InputError) as error:
+        _check_types(config)
+    assert str(error.value) == message
+
+
+def test_attention_without_a_window_bounds_what_is_sampled_and_read_in_pieces():
+    model = CausalLMConfig.tiny("attention")
+    assert TrainConfig(model=model, length=4096, sample=2047).pieces == 1
+    with pytest.raises(
+        InputError, match=r"^argument --sample: must be below --model.mixer.cache-size = 2048, got 2048$"
+    ):
+        TrainConfig(model=model, sample=2048)
+    with pytest.raises(InputError, match=r"^argument --pieces: must be 1 with --length above --model.mixer.cache-size"):
+        TrainConfig(model=model, length=4096, pieces=2)
 
 
 def test_the_vocabulary_must_hold_all_bytes():
