@@ -40,7 +40,6 @@ SHAPES: list[Shape] = [
 ]
 GATES = {"mild": "", "logsigmoid": ", logsigmoid(normal) gates", "strong": ", a tenth of the gates from -5 to -inf"}
 PACKAGES = {"fla": "flash-linear-attention", "jla": "jax-linear-attention"}
-NAMES = {name: name for name in ("mosaic_gpu", "xla", "reference", "attention")} | PACKAGES
 HERE: Shape = (1, 2048, 4, 128, 256)
 SMALL: Shape = (1, 64, 1, 16, 16)
 # The kind of record, and each line's name, gates and shape. Beside 256 by 512 jla is its plain JAX.
@@ -52,7 +51,7 @@ SETS: dict[str, tuple[str, list[tuple[str, str, Shape]]]] = {
         [
             *((name, gates, WIDE) for name in ("mosaic_gpu", "xla") for gates in GATES),
             *((name, "mild", NARROW) for name in ("mosaic_gpu", "xla")),
-            ("attention", "mild", (8, 2048, 16, 128, 128)),
+            ("attention", "mild", NARROW),
         ],
     ),
     "peers": (
@@ -173,7 +172,7 @@ def measure(name: str, gates: str, shape: Shape) -> dict[str, Any]:
             "forward and backward": milliseconds(both, wait, *how),
         }
     dtype = "bfloat16" if gpu else "float32"
-    return {"op": NAMES[name] + GATES[gates], "shape": shape, "dtype": dtype, **row, "device": device}
+    return {"op": PACKAGES.get(name, name) + GATES[gates], "shape": shape, "dtype": dtype, **row, "device": device}
 
 
 def missing(name: str) -> str | None:
