@@ -11,8 +11,9 @@
 flash-linear-attention's chunk_gla (PyTorch, Triton), which tries hundreds of kernels the first time that it sees a pair
 of widths, for minutes, unless TRITON_CACHE_DIR holds its choices: "peers" has the widths 256 and 512 alone of it,
 "slow-peers" the others. "jla" is jax-linear-attention's GLA. Inputs are normal, gates logsigmoid(normal) / 16 unless it
-says otherwise. Each line has a process and a time limit of its own: they compile beside each other, and are timed one
-by one, PyTorch's after JAX's. Milliseconds are medians of repeats; the file is written after each line.
+says otherwise. Each line has a process and a time limit of its own: they compile beside each other (but not those of
+"cpu"), and are timed one by one, PyTorch's after JAX's. Milliseconds are medians of repeats; the file is written after
+each line.
 """
 
 import argparse
@@ -211,9 +212,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     words = ["python", "-m", "benchmarks.op", *(sys.argv[1:] if arguments is None else arguments)]
     record = begin(what, words, sorted(peers), device="no line has been measured")
     parts = [[i for i in here if lines[i][0] != "fla"], [i for i in here if lines[i][0] == "fla"]]
+    at_once = (
+        1 if which == "cpu" else 2 * (os.cpu_count() or 1)
+    )  # even a process that starts would slow the others there
     for part in parts:
         commands = [[which, "--line", str(i)] for i in part]
-        for place, row in each("benchmarks.op", commands, 2 * (os.cpu_count() or 1), given.limit) if part else ():
+        for place, row in each("benchmarks.op", commands, at_once, given.limit) if part else ():
             i = part[place]
             if "FAILED" in row:
                 failed.append([*lines[i], row["FAILED"]])
