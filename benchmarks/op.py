@@ -11,8 +11,9 @@
 flash-linear-attention's chunk_gla (PyTorch, Triton), which tries hundreds of kernels the first time that it sees a pair
 of widths, for minutes, unless TRITON_CACHE_DIR holds its choices: "peers" has the widths 256 and 512 alone of it,
 "slow-peers" the others. "jla" is jax-linear-attention's GLA. Inputs are normal, gates logsigmoid(normal) / 16 unless it
-says otherwise. Each line has a process and a time limit of its own: they compile beside each other, and are timed one
-by one, PyTorch's after JAX's. Milliseconds are medians of repeats; the file is written after each line.
+says otherwise. Each line has a process and a time limit of its own: they compile beside each other (but not those of
+"cpu"), and are timed one by one, PyTorch's after JAX's. Milliseconds are medians of repeats; the file is written after
+each line.
 """
 
 import argparse
@@ -40,7 +41,6 @@ SHAPES: list[Shape] = [
 ]
 GATES = {"mild": "", "logsigmoid": ", logsigmoid(normal) gates", "strong": ", a tenth of the gates from -5 to -inf"}
 PACKAGES = {"fla": "flash-linear-attention", "jla": "jax-linear-attention"}
-NAMES = {name: name for name in ("mosaic_gpu", "xla", "reference", "attention")} | PACKAGES
 HERE: Shape = (1, 2048, 4, 128, 256)
 SMALL: Shape = (1, 64, 1, 16, 16)
 # The kind of record, and each line's name, gates and shape. Beside 256 by 512 jla is its plain JAX.
@@ -52,7 +52,7 @@ SETS: dict[str, tuple[str, list[tuple[str, str, Shape]]]] = {
         [
             *((name, gates, WIDE) for name in ("mosaic_gpu", "xla") for gates in GATES),
             *((name, "mild", NARROW) for name in ("mosaic_gpu", "xla")),
-            ("attention", "mild", (8, 2048, 16, 128, 128)),
+            ("attention", "mild", NARROW),
         ],
     ),
     "peers": (
@@ -173,7 +173,7 @@ def measure(name: str, gates: str, shape: Shape) -> dict[str, Any]:
             "forward and backward": milliseconds(both, wait, *how),
         }
     dtype = "bfloat16" if gpu else "float32"
-    return {"op": NAMES[name] + GATES[gates], "shape": shape, "dtype": dtype, **row, "device": device}
+    return {"op": PACKAGES.get(name, name) + GATES[gates], "shape": shape, "dtype": dtype, **row, "device": device}
 
 
 def missing(name: str) -> str | None:
@@ -212,9 +212,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     words = ["python", "-m", "benchmarks.op", *(sys.argv[1:] if arguments is None else arguments)]
     record = begin(what, words, sorted(peers), device="no line has been measured")
     parts = [[i for i in here if lines[i][0] != "fla"], [i for i in here if lines[i][0] == "fla"]]
+    at_once = (
+        1 if which == "cpu" else 2 * (os.cpu_count() or 1)
+    )  # even a process that starts would slow the others there
     for part in parts:
         commands = [[which, "--line", str(i)] for i in part]
-        for place, row in each("benchmarks.op", commands, 2 * (os.cpu_count() or 1), given.limit) if part else ():
+        for place, row in each("benchmarks.op", commands, at_once, given.limit) if part else ():
             i = part[place]
             if "FAILED" in row:
                 failed.append([*lines[i], row["FAILED"]])
