@@ -10,11 +10,10 @@ compiles beside the others and takes the GPU for itself when it measures.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,9 @@ from jax.sharding import AbstractMesh
 
 from benchmarks.op_gpu import H100, inputs
 from benchmarks.processes import alone, each
-from gla_jax.pallas import backward, forward
+from gla_jax.pallas import backward, forward, forward_and_states, saves_states
 from gla_jax.pallas.backward import Gradients
+from gla_jax.records import begin
 from gla_jax.reference import recurrence
 
 # (b, t, h, k, v) and the milliseconds to reach, forward and backward (issue 4).
@@ -46,6 +46,14 @@ def cotangents(shape):
     first, second, third = jax.random.split(jax.random.key(1), 3)
     do = jax.random.normal(first, (b, t, h, v), jnp.bfloat16)
     return do, *(jax.random.normal(key, (b, h, k, v)) for key in (second, third))
+
+
+def both(q, k, v, g, do):
+    """o and the gradients, as the op computes them."""
+    if not saves_states(q, k, v, g):
+        return forward(q, k, v, g, 1.0)[0], backward(q, k, v, g, 1.0, None, do)
+    o, _, states = forward_and_states(q, k, v, g, 1.0)
+    return o, backward(q, k, v, g, 1.0, None, do, saved=states)
 
 
 def compiled(f, *args, lower):
@@ -94,19 +102,15 @@ def check(shape, kind, lower):
 
 def times(shape, kind, lower):
     shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
-    run = lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do)
-    alone_ = compiled(run, *shapes, lower=lower)
-    both = lambda q, k, v, g, do: (forward(q, k, v, g, 1.0)[0], run(q, k, v, g, do))
-    both = compiled(both, *shapes, lower=lower)
-    if alone_ is None:
+    run = compiled(both, *shapes, lower=lower)
+    if run is None:
         return {"lowered": True}
-    args = *inputs(shape, kind), cotangents(shape)[0]
-    return {"backward": kernels(alone_, *args), "with the forward": kernels(both, *args)["ms"], "to reach": BARS[shape]}
+    return kernels(run, *inputs(shape, kind), cotangents(shape)[0]) | {"to reach": BARS[shape]}
 
 
 def bits(shape, kind, lower):
     shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
-    run = compiled(lambda q, k, v, g, do: backward(q, k, v, g, 1.0, None, do)[:4], *shapes, lower=lower)
+    run = compiled(lambda *args: both(*args)[1][:4], *shapes, lower=lower)
     if run is None:
         return {"lowered": True}
     args = *inputs(shape, kind), cotangents(shape)[0]
@@ -153,14 +157,9 @@ def main():
         results[place] = {"group": group, "line": i} | result if "FAILED" in result else result
         print(json.dumps(results[place]), flush=True)
     if options.out:
-        report = {
-            "what": "backward_gpu",
-            "command": " ".join(["python -m benchmarks.backward_gpu", *options.groups]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": "lowered only" if options.lower else jax.devices()[0].device_kind,
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-            "results": [results[place] for place in sorted(results)],
-        }
+        words = ["python", "-m", "benchmarks.backward_gpu", *sys.argv[1:]]
+        report = begin("backward_gpu", words, packages=(), device="lowered only" if options.lower else None)
+        report |= {"results": [results[place] for place in sorted(results)]}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -79,13 +79,13 @@ def forward_table() -> str:
         ceilings = f"copying {copy:.2f} TB/s, a product of 8192 x 8192 matrices {matmul:.0f} TFLOP/s"
         lines += [f"{where}. Ceilings there: {ceilings}.", ""]
         kinds = list(dict.fromkeys(name.split(") ")[-1] for name in groups.get("gates", {})))
-        names = ("b, t, h, k, v", "ms", "to reach", "TB/s", "TFLOP/s", *kinds)
+        names = ("b, t, h, k, v", "kernels, ms", "with launches", "to reach", "TB/s", "TFLOP/s", *kinds)
         lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for shape, row in groups["bars"].items():
             ratios = [groups["gates"].get(f"{shape} {kind}", {}).get("ratio") for kind in kinds]
             times = " | ".join("" if x is None else f"{x:.2f}x" for x in ratios)
             numbers = f"{row['ms']:.3f} | {row['to reach']} | {row['TB/s']:.2f} | {row['TFLOP/s']:.0f}"
-            lines.append(f"| {shape.strip('()')} | {numbers} | {times} |")
+            lines.append(f"| {shape.strip('()')} | {row['of kernels']:.3f} | {numbers} | {times} |")
         peers = {name.split(" ", 2)[2]: row["ms"] for name, row in groups["ceilings"].items() if "ms" in row}
         shown = "; ".join(f"{shape} {ms:.3f} ms" for shape, ms in peers.items())
         lines += ["", f"cuDNN attention, causal, of (b, t, heads, width): {shown}.", ""]
@@ -93,16 +93,18 @@ def forward_table() -> str:
 
 
 def backward_table() -> str:
-    """Milliseconds of the backward's kernels, by shape and gates."""
-    lines = ["| b, t, h, k, v | gates | backward, ms | on |", "|---|---|---|---|"]
+    """Milliseconds of the forward's and the backward's kernels, by shape and gates, and of what they were to reach."""
+    lines = []
     for _, record in records("backward_gpu"):
+        lines += [f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}; bfloat16:", ""]
+        lines += ["| b, t, h, k, v | gates | both, ms | to reach | each kernel |", "|---|---|---|---|---|"]
         for row in record["results"]:
-            if row["group"] == "times":
-                shape = ", ".join(map(str, row["shape"]))
-                where = f"{record['device']}, {record['date'][:10]}"
-                gates = row["gates"] + (f", time in {row['time_parts']} parts" if "time_parts" in row else "")
-                lines.append(f"| {shape} | {gates} | {row['backward']['ms']:.3f} | {where} |")
-    return "\n".join(lines) + "\n"
+            if "kernels" in row:
+                shape, bar = ", ".join(map(str, row["shape"])), row["to reach"] if row["gates"] == "mild" else ""
+                each = ", ".join(f"{ms:.3f}" for _, ms in row["kernels"])
+                lines.append(f"| {shape} | {row['gates']} | {row['ms']:.3f} | {bar} | {each} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def decode_table() -> str:
