@@ -53,13 +53,14 @@ def peers_table() -> str:
     """Milliseconds of the op and of what a user would pick instead, a row a shape."""
     lines = []
     for _, record in records("peers"):
-        times = {(row["op"], tuple(row["shape"])): row for row in record["results"]}
-        ops = [op for op in dict.fromkeys(op for op, _ in times) if op != "attention"]
+        here = [row for _, other in records("op") if other["device"] == record["device"] for row in other["results"]]
+        times = {(row["op"], tuple(row["shape"])): row for row in (*here, *record["results"])}
+        ops = ["mosaic_gpu", *(x for x in record["versions"] if x in {row["op"] for row in record["results"]})]
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         lines += [f"`{record['command']}`, {record['device']}, {record['date'][:10]}; {versions}:", ""]
         names = ["b, t, h, k, v", *ops, "attention, 16 x 128"]
         lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for shape in dict.fromkeys(shape for op, shape in times if op != "attention"):
+        for shape in dict.fromkeys(shape for op, shape in times if op in ops):
             rows = [*(times.get((op, shape)) for op in ops), times.get(("attention", (*shape[:2], 16, 128, 128)))]
             numbers = (f"{x['forward']:.2f} / {x['forward and backward']:.2f}" if x else "-" for x in rows)
             lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(numbers)} |")
