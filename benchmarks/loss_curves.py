@@ -1,6 +1,6 @@
 """Trains a preset through "mosaic_gpu" in bfloat16 and through "xla" in float32, and compares the losses at the end.
 
-    python benchmarks/loss_curves.py --out benchmarks/results/loss-curves-h100.json
+    python -m benchmarks.loss_curves --out benchmarks/results/loss-curves-h100.json
 
 Both take the same batches of the shipped corpus from the same initial parameters, with AdamW; float32 products are
 whole ("highest"). The end is the mean of the last 20 steps. --small is for a CPU: "xla" in both dtypes.
@@ -8,7 +8,6 @@ whole ("highest"). The end is the mean of the last 20 steps. --small is for a CP
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from gla_jax.nn import GLAConfig
+from gla_jax.records import begin
 from gla_jax.train import MeshConfig, TrainConfig, load_corpus
 from gla_jax.train.data import Source, training_batches
 from gla_jax.train.mesh import make_mesh
@@ -74,11 +74,7 @@ def main() -> None:
     apart = abs(ends["bfloat16"] / ends["float32"] - 1)
     print(f"the last {LAST} steps: {ends}, {100 * apart:.3f} % apart, to be at most {100 * BOUND} %")
     record = {
-        "what": "loss curves",
-        "command": "python " + " ".join(sys.argv),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **begin("loss curves", ["python", "-m", "benchmarks.loss_curves", *sys.argv[1:]]),
         "runs": {name: {"dtype": dtype, "implementation": how} for name, (dtype, how, _) in runs.items()},
         "ends": ends,
         "apart": apart,

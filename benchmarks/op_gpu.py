@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -41,7 +42,7 @@ BARS = {
 # The gates, and the most they may cost as a multiple of the mild ones.
 GATES = {"logsigmoid": 1.05, "resets": 1.4, "tenth": 1.6, "packed": 1.15, "a token": 1.0, "all strong": None}
 GROUPS = ("ceilings", "check", "bars", "gates", "bits", "tune")
-LIMIT_S = 90
+LIMIT_S = 180
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
 
@@ -229,30 +230,27 @@ def main():
         for group in options.groups:
             run_group(group, options.lower)
         return
-    lines = []
+    # The groups' processes need the memory.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    words = ["python", "benchmarks/op_gpu.py", *sys.argv[1:]]
+    lines, record = [], begin("op_gpu", words, packages=(), device="lowered only" if options.lower else None)
+
+    def add(line):
+        lines.append(line)
+        show(line)
+        if options.out:
+            options.out.write_text(json.dumps(record | {"results": lines}, indent=1) + "\n")
+
     for group in options.groups or GROUPS:
         command = [sys.executable, __file__, group, "--here"] + ["--lower"] * options.lower
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             limit = threading.Timer(LIMIT_S, process.kill)
             limit.start()
             for text in process.stdout or ():
-                lines.append(json.loads(text))
-                show(lines[-1])
+                add(json.loads(text))
             limit.cancel()
         if process.returncode:
-            lines.append({"group": group, "name": "FAILED or hung", "exit status": process.returncode})
-            show(lines[-1])
-    if options.out:
-        report = {
-            **begin(
-                "op_gpu",
-                ["python", "benchmarks/op_gpu.py", *sys.argv[1:]],
-                packages=(),
-                device="lowered only" if options.lower else None,
-            ),
-            "results": lines,
-        }
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+            add({"group": group, "name": "FAILED or hung", "exit status": process.returncode})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eight simulated devices on the CPU; at the end the seconds of each notebook and, with `pytest -v`, worst errors."""
+"""Eight simulated CPU devices, a GPU for many workers; last, notebooks' seconds and, with -v, the worst errors."""
 
 import os
 import sys
@@ -6,6 +6,10 @@ import sys
 import pytest
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each would else take most of a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def pytest_terminal_summary(terminalreporter, config):

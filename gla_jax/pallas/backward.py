@@ -98,10 +98,18 @@ def backward(
         first_decay = jnp.exp(g[:, 0].astype(jnp.float32)).reshape(batch, kv_heads, -1, 1)
         entering, initial_state = initial_state, first_decay * initial_state
         g = jnp.asarray(g).at[:, 0].set(0.0)
-    factor = _magnitude(do, dfinal) if dtype == jnp.float16 else None
-    if factor is not None:
+    factor = unit = None
+    if dtype == jnp.float16:
+        # It would lose cotangents of a mean over many tokens, and what small values add to the gate's gradient.
+        factor = _magnitude(do, dfinal)
         do = do.astype(jnp.float32) / factor
         dfinal = None if dfinal is None else cast(Array, dfinal) / factor
+        unit = _magnitude(v)
+        if initial_state is not None:
+            unit = jnp.maximum(unit, _magnitude(initial_state) / 1024)
+        unit = jnp.minimum(unit, 1.0)
+        v = v.astype(jnp.float32) / unit
+        initial_state = None if initial_state is None else initial_state / unit
     gates = jnp.zeros(k.shape, dtype) if g is None else g
     if gates.ndim == 3:
         gates = jnp.broadcast_to(gates[..., None], k.shape)
@@ -220,20 +228,25 @@ def backward(
         dq, dk, dv, dg = (x.reshape(batch, rows, *x.shape[2:]) for x in of_tokens)
 
     dinitial = dinitial[::parts]
-    undo = lambda x, to: (x if factor is None else x.astype(jnp.float32) * factor).astype(to)
+
+    def undo(x, to, *units):
+        for one in (factor, *units):
+            x = x if one is None else x.astype(jnp.float32) * one
+        return x.astype(to)
+
     dg = share(dg, 2)[:, :time, :, :key_size]
     if g is not None and g.ndim == 3:
         dg = jnp.sum(dg, axis=-1, dtype=jnp.float32)
     dinitial = undo(share(dinitial, 1)[:, :, :key_size, :value_size], jnp.float32)
-    dg = undo(dg, dg.dtype if g is None else g.dtype)
+    dg = undo(dg, dg.dtype if g is None else g.dtype, unit)
     if entering is not None:
         dinitial *= first_decay
         first = jnp.sum(entering * dinitial, axis=-1 if dg.ndim == 4 else (-2, -1))
         dg = dg.at[:, 0].set(first.astype(dg.dtype))
     return Gradients(
-        undo(dq[:, :time, :, :key_size], q.dtype),
-        undo(share(dk, 2)[:, :time, :, :key_size], k.dtype),
-        undo(share(dv, 2)[:, :time, :, :value_size], v.dtype),
+        undo(dq[:, :time, :, :key_size], q.dtype, unit),
+        undo(share(dk, 2)[:, :time, :, :key_size], k.dtype, unit),
+        undo(share(dv, 2)[:, :time, :, :value_size], dtype),
         None if g is None else dg,
         None if initial_state is None else dinitial,
     )
@@ -260,11 +273,11 @@ def _through_parts(end, walked, parts, scale=None):
     return found.reshape(-1, *found.shape[2:]), state
 
 
-def _magnitude(do, dfinal):
-    """A power of two near the largest cotangent: float16 would lose those of a mean over many tokens."""
-    largest = jnp.max(jnp.abs(do.astype(jnp.float32)))
-    if dfinal is not None:
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(dfinal)))
+def _magnitude(x, y=None):
+    """A power of two near the largest number."""
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)))
+    if y is not None:
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(y)))
     return jnp.exp2(jnp.floor(jnp.log2(jnp.where(largest > 0, largest, 1.0))))
 
 

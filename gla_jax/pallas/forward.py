@@ -143,6 +143,9 @@ def forward_and_states(
 ) -> tuple[Array, State | None, States]:
     """`forward`'s two results and the states before all chunks, for `backward`; where `saves_states` says so.
 
+    Args:
+      q, k, v, g, scale, initial_state, output_final_state, config, interpret: as `forward`'s.
+
     Raises:
       ValueError: the tuning is of two passes, which keep no states.
     """
