@@ -112,6 +112,8 @@ def timed(shape, kind="mild", config=None, lower=False):
     args = inputs(shape, kind)
     ms = milliseconds(f, *args)
     _, of_kernels = profiler.measure(f, iterations=11)(*args)
+    if of_kernels is None:
+        raise RuntimeError("the profiler saw no kernel")
     flop = b * h * t * (4 * k * v + 2 * 64 * v + 4 * 64 * k)
     rates = {"TB/s": b * h * t * (6 * k + 4 * v) / ms / 1e9, "TFLOP/s": flop / ms / 1e9}
     return {"ms": ms, "of kernels": sorted(of_kernels)[5]} | rates
