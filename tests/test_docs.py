@@ -212,9 +212,9 @@ def test_processes_measure_one_at_a_time_and_say_what_failed(tmp_path, monkeypat
         "print('a warning')\nprint(json.dumps({'began': began, 'ended': ended}))\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    found = dict(processes.each("measured", [["works"], ["fails"], ["hangs"], ["works"]], 4, 3.0))
+    found = dict(processes.each("measured", [["works"], ["fails"], ["hangs"], ["works"]], 4, 10.0))
     assert found[1] == {"FAILED": "no such thing"}
-    assert found[2] == {"FAILED": "no result in 3 s"}
+    assert found[2] == {"FAILED": "no result in 10 s"}
     first, second = sorted((found[0], found[3]), key=lambda row: row["began"])
     assert first["ended"] <= second["began"]
 

@@ -22,11 +22,11 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 class States(NamedTuple):
     """What the forward leaves for `gla_jax.pallas.backward`, for chunks of 64 tokens, n in number.
 
-    Attributes:
-      states: [b, hk, n, k v / 64, 64] of q's dtype, k and v padded: tiles of 64 x 64 in one column, those of the same
-        channels next to each other. exp(B/2) S, S the state before the chunk and B its decay, where 64 channels are
-        mild (no B under -96), S where not.
-      mild: [b, hk, n, k / 64] int32, 1 where they are.
+    states is [b, hk, n, k v / 64, 64] of q's dtype, k and v padded: tiles of 64 x 64 in one column, those of the same
+    channels next to each other. They hold exp(B/2) S, S the state before the chunk and B its decay, where 64 channels
+    are mild (no B under -96), and S where not.
+
+    mild is [b, hk, n, k / 64] int32, 1 where they are.
     """
 
     states: Array
