@@ -376,7 +376,7 @@ def main() -> None:
                 for part, lower in next(case).items():
                     programs_of[1][part] = pool.submit(lower().compile)
                     print(f"{name} {part}: lowered by {time.perf_counter() - began:.1f} s", file=sys.stderr)
-            except Exception:  # the others are still worth their time
+            except Exception:  # printed, and the exit status is 1; lent machines are too dear to lose the other cases
                 traceback.print_exc()
                 del started[name]
                 failed.append(name)
@@ -388,7 +388,7 @@ def main() -> None:
             raise AssertionError("a case has one set of programs")
         except StopIteration as end:
             found = end.value
-        except Exception:  # as above: a case that fails at a size must not lose the records of the others
+        except Exception:  # as above; most often a size that does not fit in memory
             traceback.print_exc()
             failed.append(name)
             continue

@@ -126,6 +126,8 @@ def function_gaps(full, function, doc, package):
     raised = (node.exc for node in ast.walk(body) if isinstance(node, ast.Raise) and node.exc)
     names = {getattr(e, "id", getattr(e, "attr", "")) for e in (getattr(x, "func", x) for x in raised)}
     names |= set(inspect.signature(function).parameters) - {"self", "cls"}
+    # `raise error` hands on what was caught, under its own name; a base class' NotImplementedError is for who writes a
+    # subclass, whom the method's own docstring tells what to write.
     names -= {"error", "NotImplementedError"}
     return [f"{full}: {n}" for n in sorted(names) if not n.startswith("_") and not re.search(rf"\b{n}\b", doc)]
 

@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path | str) -> Any:
         raise CheckpointError("the package tokenizers is missing; install the extra gla_jax[hub]") from None
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
+    except Exception as error:  # tokenizers raises plain Exception, whatever is wrong with a file
         raise CheckpointError(f"{path}: is not a tokenizer's ({error})") from None
 
 

@@ -96,7 +96,7 @@ def load_tokenizer(path: Path) -> Any:
         raise InputError(f"argument --tokenizer: {path} does not exist; give a tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # tokenizers raises plain Exception, whatever is wrong with a file
         raise InputError(f"argument --tokenizer: {path} is not a tokenizer.json ({error})") from None
 
 

@@ -103,6 +103,15 @@ def test_small_cotangents_and_float32_gates(dtype, scale):
     check(interpreted, "late", 1, 70, 1, 1, 64, 64, dtype=dtype, scale=scale, gate_dtype="float32")
 
 
+def test_small_values_keep_the_gates_gradient_in_float16():
+    q, k, v, g, state = arguments("mild", 1, 70, 1, 64, 64, dtype="float16")
+    k, v, state = k * 1e-2, v * 1e-4, state * 1e-6
+    do, dfinal = cotangents(v, 1, state, "float16")
+    got = interpreted(q, k, v, g, 1.0, state, do, dfinal)
+    want = recurrence_gradients(q, k, v, g, 1.0, state, do, dfinal)
+    assert relative(got.g, want[3]) < 2e-3
+
+
 @pytest.mark.exhaustive
 def test_without_states():
     q, k, v, g, state = arguments("mild", 1, 70, 1, 64, 64)
