@@ -127,6 +127,8 @@ def _log_decay_forward(normalizer: float, low: Array, up: Array, bias: Array) ->
 
 def _log_decay_backward(normalizer: float, kept: tuple[Array, ...], dg: Array) -> tuple[Array, Array, Array]:
     low, up, g = kept
+    # Without this XLA computes the derivative in the forward, and keeps it in float32.
+    g, dg = jax.lax.optimization_barrier((g, dg))
     # The derivative of logsigmoid(x) is 1 - sigmoid(x), and sigmoid(x) is exp(normalizer g): nothing but g is kept.
     dx = dg.astype(jnp.float32) * (jnp.expm1(normalizer * g.astype(jnp.float32)) / -normalizer)
     rows = tuple(range(dx.ndim - 1))
