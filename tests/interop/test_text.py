@@ -71,9 +71,8 @@ def test_from_a_model():
     made = "".join(stream_text(model, Bytes(), "hello", 12))
     assert len(made.encode()) == 12
     assert made == "".join(stream_text(model, Bytes(), "hello", 12, temperature=0.0))
-    for stops in (np.array([ord(made[5]), 0]), iter([ord(made[5])])):
-        end = made.index(made[5])
-        assert "".join(stream_text(model, Bytes(), "hello", 12, stop_tokens=stops)) == made[:end]
+    stops = np.array([ord(made[5])] * 2)
+    assert "".join(stream_text(model, Bytes(), "hello", 12, stop_tokens=stops)) == made[: made.index(made[5])]
     with pytest.raises(ValueError, match=r"^prompt: must have at least one token"):
         stream_text(model, Bytes(), "", 3)
     with pytest.raises(ValueError, match=r"^num_samples: must be 1 to stream text, got 2"):
