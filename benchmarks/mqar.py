@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "length": 64,
         "pairs": 16,
-        "vocab": 40,
+        "vocab": 64,
         "width": 32,
         "batch": 64,
         "steps": 1500,
