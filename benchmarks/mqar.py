@@ -60,10 +60,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "length": 64,
         "pairs": 16,
         "vocab": 64,
-        "width": 32,
-        "batch": 64,
+        "width": 64,
+        "batch": 32,
         "steps": 1500,
-        "rates": [6e-3],
+        "rates": [3e-3],
         "seeds": 1,
     },
     "h100": {
