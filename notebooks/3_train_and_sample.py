@@ -15,7 +15,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload)
 #
 # What `gla-jax train` and `gla-jax sample` do, from Python: a small byte-level model on Shakespeare. With the defaults below it
-# takes half a minute on two CPU cores and learns to spell a little; `steps=2200` and five minutes make the model of the README.
+# takes a minute or so on two CPU cores (80 seconds with much other work on them) and learns to spell a little; a `TrainConfig()` with nothing
+# given is the run of the README, which takes five minutes.
 
 # %%
 import importlib.util
