@@ -128,7 +128,8 @@ def decode_table() -> str:
 def heading(record: dict) -> list[str]:
     """How a record was made."""
     how = record["settings"]
-    seeds = "1 seed" if how["seeds"] == 1 else f"{how['seeds']} seeds; after ± is the sample's standard deviation over them"
+    after = "after ± is the sample's standard deviation over them"
+    seeds = "1 seed" if how["seeds"] == 1 else f"{how['seeds']} seeds; {after}"
     where = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {seeds}:"
     return [where, "", ", ".join(f"{key} {value}" for key, value in how.items() if key != "seeds") + ".", ""]
 
