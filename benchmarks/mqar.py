@@ -28,10 +28,10 @@ from gla_jax.nn import (
 )
 
 # Two heads for RetNet and GLA, as in the paper, and one for attention, as the task's authors have it. It has smaller
-# initial weights than the others, which have width^(-1/2): with those, or with two heads, it did not learn, and GLA and
-# RetNet did not with its. Mamba without an MLP, as its authors have it. Unlike the paper's, the other linear ones have
-# a short convolution, as Mamba does: 100,000 sequences did not teach GLA without one to recall (0.27 with 8 pairs in 64
-# tokens, where attention had 1.0 after half of them). Others differ from their like in what the name says.
+# initial weights than the others, which have width^(-1/2): with those it did not learn, and GLA and RetNet did not with
+# its. Mamba without an MLP, as its authors have it. Unlike the paper's, the other linear ones have a short convolution,
+# as Mamba does: 100,000 sequences did not teach GLA without one to recall (0.27 with 8 pairs in 64 tokens, where
+# attention had 1.0 after half of them). Others differ from their like in what the name says.
 LINEAR: dict[str, Any] = {"num_heads": 2, "conv_size": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "attention": {"mixer": SoftmaxAttentionConfig(num_heads=1), "init_std": 0.05},
