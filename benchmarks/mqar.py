@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab": 64,
         "width": 64,
         "batch": 64,
-        "steps": 3000,
+        "steps": 1500,
         "rates": [2e-3, 5e-3],
         "seeds": 5,
     },
