@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import plots
 from benchmarks.op import in_jax, milliseconds
 from benchmarks.op_gpu import inputs
 from benchmarks.processes import alone, compiling, each
@@ -206,6 +207,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             given.out.write_text(json.dumps(record, indent=1) + "\n")
     for claim, seen in claims(record["results"]).items():
         print(f"{'seen' if seen else 'NOT seen'}: {claim}")
+    plots.draw_or_say_why(given.out)
     return record
 
 

@@ -27,28 +27,26 @@ from gla_jax.nn import (
     SoftmaxAttentionConfig,
 )
 
-# Two heads for RetNet and GLA, as in the paper; Mamba without an MLP, as its authors have it. Unlike the paper's, the
-# other linear ones have a short convolution, as Mamba does: 100,000 sequences did not teach GLA without one to recall
-# (0.27 with 8 pairs in 64 tokens, where attention had 1.0 after half of them). The attention that is near first sees in
-# its first layer as many tokens as they do: the token before a value is its key. Others differ from their like in what
-# the name says.
+# Two heads for RetNet and GLA, as in the paper, and one for attention, as the task's authors have it. It has smaller
+# initial weights than the others, which have width^(-1/2): with those it did not learn, and GLA and RetNet did not with
+# its. Mamba without an MLP, as its authors have it. Unlike the paper's, the other linear ones have a short convolution,
+# as Mamba does: 100,000 sequences did not teach GLA without one to recall (0.27 with 8 pairs in 64 tokens, where
+# attention had 1.0 after half of them). Others differ from their like in what the name says.
 LINEAR: dict[str, Any] = {"num_heads": 2, "conv_size": 4}
-ATTENTION = SoftmaxAttentionConfig(num_heads=2)
-NEAR_FIRST = "attention, near first"
 MODELS: dict[str, dict[str, Any]] = {
-    NEAR_FIRST: {"mixer": (ATTENTION.replace(window=4), ATTENTION)},
+    "attention": {"mixer": SoftmaxAttentionConfig(num_heads=1), "init_std": 0.05},
     "GLA": {"mixer": GatedLinearAttentionConfig(**LINEAR)},
     "RetNet": {"mixer": RetentionConfig(**LINEAR)},
     "linear attention": {"mixer": LinearAttentionConfig(**LINEAR)},
     "GLA, no output gate": {"mixer": GatedLinearAttentionConfig(**LINEAR, output_gate=False)},
     "RetNet, GLA's widths": {"mixer": RetentionConfig(**LINEAR, expand_k=0.5, expand_v=1.0)},
     "GLA, gates near 1": {"mixer": GatedLinearAttentionConfig(**LINEAR, gate_normalizer=256.0)},
-    "linear attention, GLA's widths": {"mixer": LinearAttentionConfig(**LINEAR, expand_k=0.5)},
     "Mamba": {"mixer": MambaConfig(), "mlp": "none"},
-    "attention": {"mixer": ATTENTION},
+    "attention, 2 heads": {"mixer": SoftmaxAttentionConfig(num_heads=2), "init_std": 0.05},
 }
 # Of what the changes above are made up, by name alone.
 MORE: dict[str, dict[str, Any]] = {
+    "linear attention, GLA's widths": {"mixer": LinearAttentionConfig(**LINEAR, expand_k=0.5)},
     "GLA, gates near 1, no output gate": {
         "mixer": GatedLinearAttentionConfig(**LINEAR, gate_normalizer=256.0, output_gate=False)
     },
@@ -62,26 +60,36 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "length": 64,
         "pairs": 16,
-        "vocab": 40,
-        "width": 32,
-        "batch": 64,
+        "vocab": 64,
+        "width": 64,
+        "batch": 32,
         "steps": 1500,
-        "rates": [6e-3],
+        "rates": [3e-3],
         "seeds": 1,
     },
     "h100": {
+        "length": 64,
+        "pairs": 16,
+        "vocab": 64,
+        "width": 64,
+        "batch": 64,
+        "steps": 1500,
+        "rates": [2e-3, 5e-3],
+        "seeds": 5,
+    },
+    "h100-long": {
         "length": 128,
         "pairs": 32,
         "vocab": 128,
         "width": 64,
         "batch": 64,
-        "steps": 2000,
-        "rates": [2e-3, 5e-3],
+        "steps": 4000,
+        "rates": [3e-3],
         "seeds": 3,
     },
 }
 ORDER = [
-    *((attention, name) for attention in ("attention", NEAR_FIRST) for name in ("GLA", "Mamba")),
+    *(("attention", name) for name in ("GLA", "Mamba")),
     ("GLA", "RetNet"),
     ("GLA", "RetNet, GLA's widths"),
     ("GLA", "linear attention"),
@@ -136,7 +144,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
 
     def experiment(name):
         sizes = {"vocab_size": how["vocab"], "hidden_size": how["width"], "num_layers": 2, "mlp_size": 2 * how["width"]}
-        config = CausalLMConfig(**sizes, **(MODELS | MORE)[name], init_std=how["width"] ** -0.5, implementation="xla")
+        model = {"init_std": how["width"] ** -0.5, **(MODELS | MORE)[name]}
+        config = CausalLMConfig(**sizes, **model, implementation="xla")
         draw = lambda key: sequences(key, levels[jnp.arange(how["batch"]) % EASIER], **task)
         return Experiment(config, draw, accuracy, how["steps"], how["rates"], how["seeds"])
 
@@ -150,11 +159,10 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
 def claims(results: dict[str, dict]) -> dict[str, str]:
     """What the paper's figure says of these models, and whether it was seen at each number of pairs, or at the most."""
     right = {name: np.array(row["measured"]) for name, row in results.items()}
-    found = {
-        f"{name} recalls all (more than 0.99), at every number of pairs": verdict(right[name].min(1) - 0.99)
-        for name in ("attention", NEAR_FIRST)
-        if name in right
-    }
+    found = {}
+    if "attention" in right:
+        all_of_them = verdict(right["attention"].min(1) - 0.99)
+        found["attention recalls all (more than 0.99), at every number of pairs"] = all_of_them
     for better, worse in ORDER:
         if {better, worse} <= set(right):
             more = right[better][:, -1] - right[worse][:, -1]

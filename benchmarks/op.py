@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.processes import alone, compiling, each
 from gla_jax.records import begin
 
@@ -123,9 +124,8 @@ def calls_of(name: str, gates: str, shape: Shape) -> tuple[Callable, Callable, C
     if name == "attention":
         cudnn = "cudnn" if jax.default_backend() == "gpu" else None
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=cudnn)
-        _, _, *heads = shape
-        q, _, _, _ = inputs((*shape[:2], heads[0], heads[1], heads[1]), "mild")
-        return in_jax(attend, q, q, q)
+        b, t, h, width, _ = shape
+        return in_jax(attend, *inputs((b, t, h, width, width), "mild")[:3])
     if name == "jla":
         from jla import ops  # pyrefly: ignore[missing-import]
 
@@ -194,6 +194,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="?", choices=SETS, help="by default what suits this machine: gpu or cpu")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the record")
+    names = dict.fromkeys(line[0] for _, lines in SETS.values() for line in lines)
+    parser.add_argument("--ops", nargs="+", choices=names, default=list(names), help="the lines of these alone")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of a line, its wait for others included")
     parser.add_argument("--line", type=int, help="this line alone, in this process")
     given = parser.parse_args(arguments)
@@ -204,10 +206,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(json.dumps(row), flush=True)
         return row
     rows: dict[int, dict[str, Any]] = {}
-    failed = [[*line, why] for line in lines if (why := missing(line[0]))]
+    failed = [[*line, why] for line in lines if line[0] in given.ops and (why := missing(line[0]))]
     for *line, why in failed:
         print(f"{line} left out: {why}", flush=True)
-    here = [i for i, line in enumerate(lines) if not missing(line[0])]
+    here = [i for i, line in enumerate(lines) if line[0] in given.ops and not missing(line[0])]
     peers = {PACKAGES[lines[i][0]] for i in here if lines[i][0] in PACKAGES}
     words = ["python", "-m", "benchmarks.op", *(sys.argv[1:] if arguments is None else arguments)]
     record = begin(what, words, sorted(peers), device="no line has been measured")
@@ -231,6 +233,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             if given.out is not None:
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 given.out.write_text(json.dumps(record, indent=1) + "\n")
+    plots.draw_or_say_why(given.out)
     return record
 
 

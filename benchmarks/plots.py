@@ -1,16 +1,27 @@
-"""Draws what benchmarks/results holds, for the docs: `python -m benchmarks.plots FOLDER` (`make docs` calls it)."""
+"""Draws a plot beside each record that has one; `python -m benchmarks.plots` draws those of benchmarks/results anew."""
 
+import json
 import pathlib
-import sys
+from typing import Any
 
-import matplotlib
 import numpy as np
 
-from benchmarks.mqar import counts
-from benchmarks.tables import records
+try:
+    import matplotlib
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+except ModuleNotFoundError:  # records are made without it
+    plt: Any = None
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+# Text stays text, so that files are small; ids that do not change from run to run.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "gla_jax", "axes.spines.top": False, "axes.spines.right": False}
+
+
+def spread(measured):
+    """The sample's standard deviation over seeds, the first axis; None of one seed."""
+    return np.std(measured, 0, ddof=1) if len(measured) > 1 else None
 
 
 def op(record: dict):
@@ -34,7 +45,7 @@ def experiment(record: dict):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for i, (name, row) in enumerate(results.items()):
         measured = np.array(row["measured"])
-        left.errorbar(i, measured.mean(), measured.std(), fmt="o", color=f"C{i}", capsize=6)
+        left.errorbar(i, measured.mean(), spread(measured), fmt="o", color=f"C{i}", capsize=6)
         left.plot([i] * measured.size, measured, "k.", markersize=3)
         right.plot(np.linspace(0, how["steps"], len(row["loss"])), row["loss"], label=name)
     left.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
@@ -50,10 +61,11 @@ def recall(record: dict):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for name, row in results.items():
         measured = np.array(row["measured"])
-        left.errorbar(counts(how["pairs"]), measured.mean(0), measured.std(0), fmt=".-", capsize=4, label=name)
+        pairs = [how["pairs"] >> i for i in reversed(range(measured.shape[1]))]
+        left.errorbar(pairs, measured.mean(0), spread(measured), fmt=".-", capsize=4, label=name)
         right.plot(np.linspace(0, how["steps"], len(row["loss"])), row["loss"], label=name)
     left.set_xscale("log", base=2)
-    left.set_xticks(counts(how["pairs"]), [str(n) for n in counts(how["pairs"])])
+    left.set_xticks(pairs, [str(n) for n in pairs])
     left.set(xlabel="pairs", ylabel=record["quantity"])
     right.set(xlabel="step", ylabel="loss")
     right.legend()
@@ -95,7 +107,7 @@ def extrapolation(record: dict):
     middles = (np.arange(how["buckets"]) + 0.5) * how["length"]
     for name, row in record["results"].items():
         measured = np.array(row["measured"])
-        axis.errorbar(middles, measured.mean(0), measured.std(0), fmt=".-", capsize=3, label=name)
+        axis.errorbar(middles, measured.mean(0), spread(measured), fmt=".-", capsize=3, label=name)
     axis.axvline(how["length"], color="grey", linestyle=":")
     axis.set(xlabel="place", ylabel=record["quantity"])
     axis.legend()
@@ -112,20 +124,36 @@ KINDS = {
 }
 
 
-def draw(folder: pathlib.Path) -> list[pathlib.Path]:
-    """One SVG a committed result, under the result's own name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    with plt.rc_context({"svg.hashsalt": "gla_jax", "axes.spines.top": False, "axes.spines.right": False}):
-        for what, plot in KINDS.items():
-            for name, record in records(what):
-                figure = plot(record)
-                figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-                plt.close(figure)
-                written.append(folder / f"{name}.svg")
-    return written
+def draw(record: pathlib.Path) -> pathlib.Path | None:
+    """Draws a record's plot as an SVG beside it, and returns where; None for a kind that has no plot.
+
+    Raises:
+      ModuleNotFoundError: matplotlib is missing.
+    """
+    content = json.loads(record.read_text())
+    if (plot := KINDS.get(content.get("what"))) is None:
+        return None
+    if plt is None:
+        raise ModuleNotFoundError("matplotlib is missing, which the extra notebooks has: pip install '.[notebooks]'")
+    out = record.with_suffix(".svg")
+    with plt.rc_context(STYLE):
+        figure = plot(content)
+        figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+    return out
+
+
+def draw_or_say_why(record: pathlib.Path | None) -> None:
+    """Draws the plot of a record just written, if it was, and says where it is, or that matplotlib is missing."""
+    if record is None:
+        return
+    try:
+        print(f"drawn: {draw(record)}")
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error}")
 
 
 if __name__ == "__main__":
-    for path in draw(pathlib.Path(sys.argv[1])):
-        print(path)
+    for path in sorted(RESULTS.glob("*.json")):
+        if drawn := draw(path):
+            print(drawn)

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import optax
 import scipy.stats
 from flax import nnx
 
+from benchmarks import plots
 from gla_jax.nn import CausalLM, CausalLMConfig
 from gla_jax.records import begin
 from gla_jax.train.step import GPU_OPTIONS
@@ -37,8 +38,8 @@ class Fitted(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        spread = f"{self.measured.mean():.4f} +- {self.measured.std():.4f}"
-        return f"{spread}  rate {self.rate:g}, {self.parameters:,} parameters, {self.seconds:.0f} s"
+        how = f"rate {self.rate:g}, {self.parameters:,} parameters, {self.seconds:.0f} s"
+        return f"{plus_minus(self.measured, 4)}  {how}"
 
     def row(self) -> dict[str, Any]:
         """What a record keeps: losses are means over seeds at about 50 of the steps."""
@@ -172,30 +173,23 @@ def verdict(margins: Any) -> str:
     return "seen" if mean > 0 else "not seen"
 
 
-def write(out: pathlib.Path | None, what: str, quantity: str, settings: dict, results: dict) -> None:
-    """The record of an experiment, as JSON."""
-    if out is None:
-        return
-    record = {
-        **begin(what, ["python", "-m", f"benchmarks.{what}", *sys.argv[1:]]),
-        "quantity": quantity,
-        "settings": settings,
-        "results": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {out}")
+def plus_minus(measured: Any, digits: int = 3) -> str:
+    """The mean, and after ± the sample's standard deviation, of numbers a seed; of one seed the number alone."""
+    measured = np.asarray(measured, float)
+    mean = f"{measured.mean():.{digits}f}"
+    return mean if measured.size == 1 else f"{mean} ± {measured.std(ddof=1):.{digits}f}"
 
 
 def parse(
-    about: str, presets: dict, models: dict, arguments: list[str] | None, more: Iterable[str] = ()
+    about: str, presets: dict, models: dict, arguments: Sequence[str] | None, more: Iterable[str] = ()
 ) -> argparse.Namespace:
-    """An experiment's flags: by default all of `models` run, and `more` of them by name."""
+    """An experiment's flags, and `words`, what was given: by default all of `models` run, and `more` by name."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("--preset", choices=presets, default="h100")
-    parser.add_argument("--models", nargs="*", choices=[*models, *more], default=list(models))
-    parser.add_argument("--out", type=pathlib.Path)
-    return parser.parse_args(arguments)
+    parser.add_argument("--preset", choices=presets, default="h100", help="sizes (default: %(default)s)")
+    parser.add_argument("--models", nargs="*", choices=[*models, *more], default=list(models), help="some of them")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the record; its plot goes beside it")
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return parser.parse_args(words, argparse.Namespace(words=words))
 
 
 def compare(
@@ -208,11 +202,16 @@ def compare(
     show: Callable[[Fitted], str] = str,
 ) -> dict[str, dict]:
     """Trains the models of `given`, prints and writes a row of each, and says which of the paper's claims were seen."""
-    results = {}
+    results: dict[str, dict] = {}
+    record = begin(what, ["python", "-m", f"benchmarks.{what}", *given.words])
+    record |= {"quantity": quantity, "settings": settings, "results": results}
     for name, found in fit_all({name: experiment(name) for name in given.models}):
         results[name] = found.row()
         print(f"{name:17s} {show(found)}", flush=True)
-        write(given.out, what, quantity, settings, results)
+        if given.out is not None:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(record, indent=1) + "\n")
     for claim, found in claims(results).items():
         print(f"{found}: {claim}")
+    plots.draw_or_say_why(given.out)
     return results

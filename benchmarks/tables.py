@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import extrapolation, ladder, lengths, mqar
+from benchmarks.small_runs import plus_minus
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -127,14 +128,16 @@ def decode_table() -> str:
 def heading(record: dict) -> list[str]:
     """How a record was made."""
     how = record["settings"]
-    where = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {how['seeds']} seeds:"
+    after = "after ± is the sample's standard deviation over them"
+    seeds = "1 seed" if how["seeds"] == 1 else f"{how['seeds']} seeds; {after}"
+    where = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {seeds}:"
     return [where, "", ", ".join(f"{key} {value}" for key, value in how.items() if key != "seeds") + ".", ""]
 
 
 def ending(name: str, record: dict) -> list[str]:
     """A record's plot, and what was seen of the paper's claims."""
     quantity = record.get("quantity", QUANTITIES.get(record["what"]))
-    plot = ["", f"```{{image}} plots/{name}.svg", f":alt: {record['what']}: {quantity}", "```", ""]
+    plot = ["", f"![{record['what']}: {quantity}](../benchmarks/results/{name}.svg)", ""]
     found = CLAIMS[record["what"]](record["results"])
     words = {claim: {True: "seen", False: "not seen"}.get(seen, seen).capitalize() for claim, seen in found.items()}
     marked = {claim: said if said.startswith("Seen") else f"**{said}**" for claim, said in words.items()}
@@ -149,8 +152,9 @@ def experiment_table(what: str) -> str:
         lines += heading(record)
         lines += [f"| model | {quantity} | learning rate | parameters |", "|---|---|---|---|"]
         for model, row in record["results"].items():
-            measured = f"{np.mean(row['measured']):.3f} ± {np.std(row['measured']):.3f}"
-            lines.append(f"| {model} | {measured} | {row['learning rate']:g} | {row['parameters']:,} |")
+            lines.append(
+                f"| {model} | {plus_minus(row['measured'])} | {row['learning rate']:g} | {row['parameters']:,} |"
+            )
         lines += ending(name, record)
     return "\n".join(lines) or "Not run yet.\n"
 
@@ -166,8 +170,7 @@ def recall_table() -> str:
             "|---" * (len(pairs) + 4) + "|",
         ]
         for model, row in record["results"].items():
-            mean, spread = np.mean(row["measured"], 0), np.std(row["measured"], 0)
-            recalled = " | ".join(f"{x:.3f} ± {y:.3f}" for x, y in zip(mean, spread, strict=True))
+            recalled = " | ".join(plus_minus(x) for x in zip(*row["measured"], strict=True))
             each = ", ".join(f"{x[-1]:.3f}" for x in row["measured"])
             lines.append(f"| {model} | {recalled} | {each} | {row['learning rate']:g} | {row['parameters']:,} |")
         lines += ending(name, record)
@@ -185,8 +188,8 @@ def extrapolation_table() -> str:
             "|---" * (len(places(how)) + 1) + "|",
         ]
         for model, row in record["results"].items():
-            mean, spread = np.mean(row["measured"], 0), np.std(row["measured"], 0)
-            cells = " | ".join(f"{mean[i]:.3f} ± {spread[i]:.3f}" for i in shown(how))
+            measured = list(zip(*row["measured"], strict=True))
+            cells = " | ".join(plus_minus(measured[i]) for i in shown(how))
             lines.append(f"| {model} | {cells} |")
         lines += ending(name, record)
     return "\n".join(lines) or "Not run yet.\n"
@@ -242,7 +245,7 @@ def op_lengths_table() -> str:
 def op_plots() -> str:
     """The plots of the same results, for pages of the site."""
     shown = ((name, record["device"]) for name, record in records("op"))
-    return "\n".join(f"```{{image}} plots/{name}.svg\n:alt: Milliseconds on {device}\n```\n" for name, device in shown)
+    return "\n".join(f"![Milliseconds on {device}](../benchmarks/results/{name}.svg)\n" for name, device in shown)
 
 
 def speed_table() -> str:

@@ -9,8 +9,6 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import plots  # noqa: E402
-
 project, author, language = "gla_jax", "the gla_jax authors", "en"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
@@ -44,17 +42,16 @@ def show_equations_as_they_are(app, what, name, obj, options, lines):
     lines[:] = out
 
 
-def bring_notebooks_and_plots(app):
-    """Copies the notebooks into the sources and draws the plots of the committed results."""
+def bring_notebooks(app):
+    """Copies the notebooks into the sources."""
     target = HERE / "notebooks"
     target.mkdir(exist_ok=True)
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         shutil.copy(path, target)
-    plots.draw(HERE / "plots")
 
 
 def setup(app):
     """Connects the two."""
     # Before napoleon, which reads sections and leaves the rest.
     app.connect("autodoc-process-docstring", show_equations_as_they_are, priority=100)
-    app.connect("builder-inited", bring_notebooks_and_plots)
+    app.connect("builder-inited", bring_notebooks)

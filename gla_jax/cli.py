@@ -102,26 +102,32 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchOp:
-    """Time the op, by the repository's benchmarks/op.py."""
+class BenchScript:
+    """A program of the repository's folder benchmarks."""
 
+    name: tyro.conf.Suppress[str]
     arguments: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Its own, after a "--": `gla-jax bench op -- --help` lists them."""
+    """Its own, after a "--": `-- --help` lists them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchDecode(BenchOp):
-    """Time decoding, by the repository's benchmarks/decode.py."""
+def _script(name: str, about: str) -> Any:
+    """The subcommand that runs benchmarks/NAME.py, which has a function `main` of its arguments."""
+    about = f"{about} By benchmarks/{name}.py of the repository."
+    return tyro.conf.subcommand(name, default=BenchScript(name), description=about)
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """Time training steps, the op, or decoding."""
+    """Time training steps, the op or decoding, or repeat an experiment of the paper's (arXiv 2312.06635)."""
 
     what: tyro.conf.OmitSubcommandPrefixes[
         Annotated[BenchTrainConfig, tyro.conf.subcommand("train")]
-        | Annotated[BenchOp, tyro.conf.subcommand("op")]
-        | Annotated[BenchDecode, tyro.conf.subcommand("decode")]
+        | Annotated[BenchScript, _script("op", "Time the op beside what a user would pick instead.")]
+        | Annotated[BenchScript, _script("decode", "Time decoding.")]
+        | Annotated[BenchScript, _script("lengths", "Time training, or the op, against length (figures 6 and 2).")]
+        | Annotated[BenchScript, _script("ladder", "Train the paper's ladder of gates, small (table 4).")]
+        | Annotated[BenchScript, _script("mqar", "Train multi-query associative recall, small (figure 4).")]
+        | Annotated[BenchScript, _script("extrapolation", "Train at one length, test far beyond, small (figure 5).")]
     ]
 
 
@@ -221,13 +227,15 @@ def _eval(config: EvalConfig) -> None:
 
 def _bench(config: BenchConfig) -> None:
     what = config.what
-    if isinstance(what, BenchOp):
-        name = "decode" if isinstance(what, BenchDecode) else "op"
+    if isinstance(what, BenchScript):
         root = Path(__file__).parents[1]
-        if not (root / "benchmarks").is_dir():
-            raise InputError(f"argument {name}: there is no {root}/benchmarks; benchmarks come with the repository")
+        if not (root / "benchmarks" / f"{what.name}.py").is_file():
+            raise InputError(
+                f"argument {what.name}: there is no {root}/benchmarks/{what.name}.py; it comes with the repository, "
+                "in whose folder `pip install -e .` installs"
+            )
         sys.path.insert(0, str(root))
-        importlib.import_module(f"benchmarks.{name}").main(what.arguments)
+        importlib.import_module(f"benchmarks.{what.name}").main(list(what.arguments))
         return
     found = bench_train(what)
     use = "" if found["mfu_6n"] is None else f", {100 * found['mfu_6n']:.1f} % of the device's peak (6 N a token)"
@@ -277,7 +285,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
     "sample": (SampleConfig, _sample, "Continue a prompt with a trained model."),
     "convert": (ConvertConfig, _convert, "Write a model as safetensors that other libraries load."),
     "eval": (EvalConfig, _eval, "Perplexity by place, and tasks of lm-evaluation-harness."),
-    "bench": (BenchConfig, _bench, "Time training steps, the op, or decoding."),
+    "bench": (BenchConfig, _bench, "Time training steps, the op, decoding; repeat the paper's experiments, small."),
 }
 
 

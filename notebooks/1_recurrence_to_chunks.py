@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,19 +12,23 @@
 # %% [markdown]
 # # 1. From the recurrence to the chunkwise form
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/gla-jax/gla_jax/blob/main/notebooks/1_recurrence_to_chunks.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload)
 #
 # Gated linear attention ([arXiv 2312.06635](https://arxiv.org/abs/2312.06635)) is a recurrence over a matrix state. Token by
 # token it is slow; this notebook derives the form by chunks, sees where the textbook version breaks, and mends it.
 
 # %%
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
+# If gla_jax is not installed yet, it is from SOURCE: the checkout that this notebook lies in or, in Colab, a zip of it
+# that you have uploaded ("gla_jax.zip"); "git+https://..." of a repository that you trust will do, too.
+SOURCE = ".."
 if importlib.util.find_spec("gla_jax") is None:
-    source = "gla_jax[notebooks] @ git+https://github.com/gla-jax/gla_jax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    source = SOURCE if "://" in SOURCE else pathlib.Path(SOURCE).resolve().as_uri()
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
 
 import time
 

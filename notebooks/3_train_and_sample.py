@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,19 +12,24 @@
 # %% [markdown]
 # # 3. Train on text, and sample
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/gla-jax/gla_jax/blob/main/notebooks/3_train_and_sample.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload)
 #
 # What `gla-jax train` and `gla-jax sample` do, from Python: a small byte-level model on Shakespeare. With the defaults below it
-# takes half a minute on two CPU cores and learns to spell a little; `steps=2200` and five minutes make the model of the README.
+# takes a minute or so on two CPU cores (80 seconds with much other work on them) and learns to spell a little; a `TrainConfig()` with nothing
+# given is the run of the README, which takes five minutes.
 
 # %%
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
+# If gla_jax is not installed yet, it is from SOURCE: the checkout that this notebook lies in or, in Colab, a zip of it
+# that you have uploaded ("gla_jax.zip"); "git+https://..." of a repository that you trust will do, too.
+SOURCE = ".."
 if importlib.util.find_spec("gla_jax") is None:
-    source = "gla_jax[notebooks] @ git+https://github.com/gla-jax/gla_jax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    source = SOURCE if "://" in SOURCE else pathlib.Path(SOURCE).resolve().as_uri()
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
 
 import json
 import tempfile

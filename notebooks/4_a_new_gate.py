@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,7 +12,7 @@
 # %% [markdown]
 # # 4. A new gate
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/gla-jax/gla_jax/blob/main/notebooks/4_a_new_gate.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload)
 #
 # A research variation from end to end: an idea for a gate, the layer, checks, a comparison on text, a look at what it learned. The
 # op is exact for every gate between 0 and 1, so a new one is a few lines of plain JAX.
@@ -22,13 +23,17 @@
 
 # %%
 import importlib.util
+import pathlib
 import subprocess
 import sys
 import tempfile
 
+# If gla_jax is not installed yet, it is from SOURCE: the checkout that this notebook lies in or, in Colab, a zip of it
+# that you have uploaded ("gla_jax.zip"); "git+https://..." of a repository that you trust will do, too.
+SOURCE = ".."
 if importlib.util.find_spec("gla_jax") is None:
-    source = "gla_jax[notebooks] @ git+https://github.com/gla-jax/gla_jax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    source = SOURCE if "://" in SOURCE else pathlib.Path(SOURCE).resolve().as_uri()
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
 
 import dataclasses
 from pathlib import Path

@@ -2,6 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,7 +12,7 @@
 # %% [markdown]
 # # 6. Inside the GPU kernel
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/gla-jax/gla_jax/blob/main/notebooks/6_inside_the_kernel.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload)
 #
 # On a Hopper GPU the op runs in kernels written in JAX's Pallas for Mosaic GPU: one or two for the forward, by the shape, and others for the
 # gradients (`docs/kernels.md`). This notebook says what bounds the forward (roofline), runs it without a GPU (interpreter, with a
@@ -19,12 +20,16 @@
 
 # %%
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
+# If gla_jax is not installed yet, it is from SOURCE: the checkout that this notebook lies in or, in Colab, a zip of it
+# that you have uploaded ("gla_jax.zip"); "git+https://..." of a repository that you trust will do, too.
+SOURCE = ".."
 if importlib.util.find_spec("gla_jax") is None:
-    source = "gla_jax[notebooks] @ git+https://github.com/gla-jax/gla_jax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    source = SOURCE if "://" in SOURCE else pathlib.Path(SOURCE).resolve().as_uri()
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
 
 import os
 

@@ -74,7 +74,7 @@ def undocumented(package):
 
 def on_the_page():
     """The names that the built page must have: all that is public, and what its classes inherit from ours."""
-    names = {"gla_jax.nn.sharding.DEFAULT_RULES"}
+    names = {"gla_jax.nn.sharding.DEFAULT_RULES", "gla_jax.nn.config.MIXERS"}
     for package in PUBLIC:
         for name in package.__all__:
             thing = getattr(package, name)

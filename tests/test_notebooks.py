@@ -1,5 +1,9 @@
 """The notebooks: each pair holds the same cells, none longer than a screen, and all run."""
 
+import importlib.util
+import pathlib
+import subprocess
+import sys
 import time
 
 import jupytext
@@ -22,12 +26,34 @@ def test_the_pair_agrees_and_cells_are_short(path):
     source, written = jupytext.read(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     assert notebooks.cells(source) == notebooks.cells(written), "run python tools/notebooks.py"
     assert notebooks.badge(path) in source.cells[0].source
-    assert len(notebooks.LINK.findall(path.read_text())) == 2  # the badge's, and the installation's
-    assert notebooks.linked(path.read_text()) == path.read_text()
+    assert len(notebooks.BADGE.findall(path.read_text())) == 1
+    assert notebooks.INSTALL in path.read_text()
+    assert written.metadata == notebooks.METADATA  # by which `jupytext --sync` finds the pair
+    assert source.metadata["jupytext"]["formats"] == notebooks.METADATA["jupytext"]["formats"]
     assert max(cell.source.count("\n") + 1 for cell in source.cells) <= LINES
     outputs = [output for cell in written.cells for output in cell.get("outputs", ())]
     assert outputs
     assert all(output.output_type != "error" for output in outputs)
+
+
+def test_they_install_from_what_the_reader_has(monkeypatch):
+    called = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: called.append(command[-1]))
+    monkeypatch.chdir(notebooks.FOLDER)
+    names = {"importlib": importlib, "pathlib": pathlib, "subprocess": subprocess, "sys": sys}
+    exec(notebooks.INSTALL, names)
+    exec(notebooks.INSTALL.replace('".."', '"git+https://some.where/x"'), names)
+    assert called == [
+        f"gla_jax[notebooks] @ {notebooks.ROOT.as_uri()}",
+        "gla_jax[notebooks] @ git+https://some.where/x",
+    ]
+
+
+def test_a_badge_leads_to_the_repository_once_there_is_one(monkeypatch):
+    assert "github" not in notebooks.badge(SOURCES[0])  # no name that nobody holds
+    monkeypatch.setattr(notebooks, "REPOSITORY", "owner/name")
+    assert notebooks.badge(SOURCES[0]).endswith("/github/owner/name/blob/main/notebooks/1_recurrence_to_chunks.ipynb)")
 
 
 @pytest.mark.large

@@ -85,7 +85,7 @@ def test_every_block_says_what_it_is():
     "line",
     [
         *("gla-jax train --no-such-flag 3", "python -m benchmarks.mqar --preset none", 'pip install ".[none]"'),
-        *("gla-jax bench op -- --no-such-flag", "make nothing", "python -m benchmarks.nothing", "python nothing.py"),
+        *("gla-jax bench mqar -- --no-such-flag", "make nothing", "python -m benchmarks.nothing", "python nothing.py"),
         *("gla-jax bench train --preset none", ".venv/bin/jupyter lab nothing"),
     ],
 )
@@ -129,8 +129,8 @@ def read(words, monkeypatch):
         made(arguments)
     elif name == "gla-jax":
         config = cli._parse(arguments, "")
-        if isinstance(config, cli.BenchConfig) and isinstance(config.what, cli.BenchOp):
-            read(["python", "-m", "benchmarks.op", *config.what.arguments], monkeypatch)
+        if isinstance(config, cli.BenchConfig) and isinstance(config.what, cli.BenchScript):
+            read(["python", "-m", f"benchmarks.{config.what.name}", *config.what.arguments], monkeypatch)
     elif name == "pip" or arguments[:2] == ["-m", "pip"]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert (what := arguments[-1].removeprefix(".").strip("[]")) in ("", "jupyterlab", *extras), what

@@ -2,7 +2,7 @@
 
 python tools/notebooks.py                  # all, with outputs; minutes
 python tools/notebooks.py 1_recurrence     # some, by the start of their names
-python tools/notebooks.py --links          # none: only points their links to REPOSITORY
+python tools/notebooks.py --links          # none: only writes badges, installation and metadata anew
 """
 
 import os
@@ -18,11 +18,23 @@ import nbformat
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
-# On GitHub: where the badges and the notebooks' first cells look for the library. There is no public repository yet;
-# once there is, its name goes here, and `python tools/notebooks.py --links` writes it into all of them.
-REPOSITORY = "gla-jax/gla_jax"
-LINK = re.compile(r"(?<=github/)[\w.-]+/[\w.-]+(?=/blob/)|(?<=git\+https://github\.com/)[\w.-]+/[\w.-]+")
-COLAB = "https://colab.research.google.com/github/" + REPOSITORY + "/blob/main/notebooks/{}.ipynb"
+# "owner/name" on GitHub, once a public repository is there. No notebook names one that somebody else could claim.
+REPOSITORY = ""
+BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)")
+# What the first cell with code begins with, after its imports.
+INSTALL = """
+# If gla_jax is not installed yet, it is from SOURCE: the checkout that this notebook lies in or, in Colab, a zip of it
+# that you have uploaded ("gla_jax.zip"); "git+https://..." of a repository that you trust will do, too.
+SOURCE = ".."
+if importlib.util.find_spec("gla_jax") is None:
+    source = SOURCE if "://" in SOURCE else pathlib.Path(SOURCE).resolve().as_uri()
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
+"""
+# For `jupytext --sync`, as in the sources' own headers.
+METADATA = {
+    "jupytext": {"formats": "ipynb,py:percent", "notebook_metadata_filter": "-jupytext.text_representation"},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+}
 # Of a whole notebook, its kernel's start included.
 LIMIT_S = 180
 
@@ -33,13 +45,10 @@ def sources() -> list[pathlib.Path]:
 
 
 def badge(path: pathlib.Path) -> str:
-    """What a notebook's first cell must hold, so that it opens in Colab."""
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB.format(path.stem)})"
-
-
-def linked(text: str) -> str:
-    """A notebook's text with its links to REPOSITORY."""
-    return LINK.sub(REPOSITORY, text)
+    """The link to Colab in a notebook's first cell: to the notebook, or to where one uploads it."""
+    place = f"github/{REPOSITORY}/blob/main/notebooks/{path.stem}.ipynb" if REPOSITORY else "#upload"
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![Open in Colab]({image})](https://colab.research.google.com/{place})"
 
 
 def cells(notebook: Any) -> list[tuple[str, str]]:
@@ -72,16 +81,27 @@ def run(path: pathlib.Path) -> Any:
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":
                 output.text = output.text.replace(f"{ROOT}/", "")
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebook.metadata = METADATA
     return notebook
+
+
+def links(path: pathlib.Path) -> None:
+    """Writes the badge into a source, and the source's cells and METADATA into its pair, whose outputs stay."""
+    path.write_text(BADGE.sub(badge(path), path.read_text()))
+    file = path.with_suffix(".ipynb")
+    source: Any = jupytext.read(path)
+    written: Any = nbformat.read(file, as_version=4)
+    if len(source.cells) == len(written.cells):
+        for new, old in zip(source.cells, written.cells, strict=True):
+            old.source = new.source
+        written.metadata = METADATA
+        nbformat.write(written, file)
 
 
 def main(starts: list[str]) -> None:
     """Run the notebooks whose names start so (all, if none is given), and write them; point the links of all."""
     for path in sources():
-        for file in (path, path.with_suffix(".ipynb")):
-            if (text := file.read_text()) != linked(text):
-                file.write_text(linked(text))
+        links(path)
         if starts and not any(path.stem.startswith(start) for start in starts):
             continue
         began = time.monotonic()
