@@ -204,7 +204,9 @@ def tunings(chosen):
 def run_tune(lower):
     for shape in BARS:
         b, t, h, k, v = shape
-        for config in dict.fromkeys(tunings(choose_forward(k, v, b * h, -(-t // 64), jnp.dtype(jnp.bfloat16)))):
+        for config in dict.fromkeys(
+            tunings(choose_forward(k, v, b * h, -(-t // 64), jnp.dtype(jnp.bfloat16), may_split=t % 64 == 0))
+        ):
             try:
                 yield f"{shape} {config}", timed(shape, config=config, lower=lower)
             except ValueError as error:

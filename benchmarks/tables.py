@@ -363,6 +363,26 @@ def parity_table() -> str:
     return "\n".join(lines) or "Not run yet.\n"
 
 
+def naive_table() -> str:
+    """Logits against the peer's by its naive ops: the largest of several seeds, in thousandths."""
+    lines = []
+    for _, record in records("parity with naive ops"):
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        rows, length = record["tokens_bt"]
+        lines += [f"{record['device']}, {record['date'][:10]}, {rows} x {length} tokens; {versions}:", ""]
+        depths = list(next(iter(record["results"].values()))["blocks"])
+        names = [f"{depth} block{'' if depth == '1' else 's'}" for depth in depths]
+        lines += [f"| model | {' | '.join(names)} | float32 |", "|---" * (len(names) + 2) + "|"]
+        whats = ("bfloat16", "bfloat16 with all roundings", "our bfloat16 to float32", "their bfloat16 to float32")
+        for name, row in record["results"].items():
+            largest = [[1000 * max(row["blocks"][depth][what]) for what in whats] for depth in depths]
+            cells = [", ".join(f"{x:.1f}" for x in numbers) for numbers in largest]
+            exact = max(x for depth in depths for x in row["blocks"][depth]["float32"])
+            lines.append(f"| {name} | {' | '.join(cells)} | {exact:.1e} |")
+        lines.append("")
+    return "\n".join(lines) or "Not run yet.\n"
+
+
 def roundings_table() -> str:
     """What each rounding does to logits, by model, in thousandths."""
     lines = []
@@ -394,6 +414,7 @@ TABLES = {
     "training against length": training_lengths_table,
     "op against length": op_lengths_table,
     "parity": parity_table,
+    "parity with naive ops": naive_table,
     "parity by roundings": roundings_table,
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 from gla_jax import checks, exclusive, pallas, segments
 from gla_jax.array_types import Array, Bonus, Gate, Ids, Int, Key, Query, State, Value
 from gla_jax.chunked import chunked, plan
-from gla_jax.mesh import cut_by_batch_and_heads, mixes_axes, runs_on_one_device, shard_by_arguments, vary_alike
+from gla_jax.mesh import cut_along, mixes_axes, runs_on_one_device, shard_by_arguments, vary_alike
 from gla_jax.reference import recurrence
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
@@ -252,7 +252,8 @@ def _on_each_device(run, arguments, outputs):
     arrays = {name: x for name, x in arguments.items() if x is not None}
     some = lambda *given: run(*{**arguments, **dict(zip(arrays, given, strict=True))}.values())
     inputs, outputs = ([dimensions[name] for name in names] for names in (arrays, outputs))
-    return cut_by_batch_and_heads(some, list(arrays.values()), inputs, outputs, q.shape[2] // k.shape[2])
+    group = q.shape[2] // k.shape[2]
+    return cut_along(some, list(arrays.values()), inputs, outputs, "bh", {"p": ("h", group)})
 
 
 _kernel_forward.defvjp(_kernel_forward_fwd, _kernel_forward_bwd)

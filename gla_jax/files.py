@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; a CheckpointError if it holds none."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such file") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error})") from None

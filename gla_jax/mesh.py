@@ -4,7 +4,7 @@ JAX's partitioner cuts the plain form on Auto mesh axes by itself. It does not s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,18 +30,35 @@ def mixes_axes(q) -> bool:
     return any(size > 1 for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if kind != AxisType.Auto)
 
 
-def cut_by_batch_and_heads(
-    run: Callable[..., tuple], arrays: Sequence[Any], inputs: Sequence[str], outputs: Sequence[str], group: int
+def is_cut_explicitly(x) -> bool:
+    """Whether x's mesh has Explicit axes of several devices, outside of shard_map."""
+    mesh = jax.typeof(x).sharding.mesh
+    return any(
+        size > 1 for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if kind == AxisType.Explicit
+    )
+
+
+def cut_along(
+    run: Callable[..., tuple],
+    arrays: Sequence[Any],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    letters: str,
+    multiples: Mapping[str, tuple[str, int]],
 ) -> tuple:
-    """run(*arrays), on each device's share of batch and heads where mesh axes are Auto.
+    """run(*arrays), on each device's share of some dimensions where mesh axes are Auto.
 
     Args:
-      run: takes arrays and returns a tuple of them, for any batch and number of heads.
-      inputs, outputs: the dimensions of each, a letter each: b for the batch, h for key/value heads, p for query heads;
-        no other is cut.
-      group: query heads for each key/value head.
+      run: takes arrays and returns a tuple of them, for any size of the dimensions that are cut.
+      inputs, outputs: the dimensions of each, a letter each; the first is b, the batch.
+      letters: those that are cut. No others are, but for
+      multiples: those that are cut as one of `letters` is, which they are a multiple of; both by name.
     """
-    dimensions = (*inputs, *outputs) if group > 1 else tuple(x.replace("p", "h") for x in (*inputs, *outputs))
+    same = {name: base for name, (base, times) in multiples.items() if times == 1}
+    rename = lambda names: "".join(same.get(name, name) for name in names)
+    inputs, outputs = [rename(names) for names in inputs], [rename(names) for names in outputs]
+    dimensions = (*inputs, *outputs)
+    base = {name: (name, 1) for name in letters} | {name: x for name, x in multiples.items() if name not in same}
 
     def lie(mesh, given, results):
         """Where arrays lie: cut as the first of them already is, where that divides them all."""
@@ -52,21 +69,24 @@ def cut_by_batch_and_heads(
                     "mesh: to cut a GPU kernel, put an argument of the jitted function on the mesh's devices"
                 )
             for name, size, axis in zip(names, x.shape, x.sharding.spec, strict=False):
-                name, size = ("h", size // group) if name == "p" else (name, size)
+                if name not in base:
+                    continue
+                name, times = base[name]
                 taken = set().union(*map(_names, axes.values()))
                 parts = math.prod(mesh.shape[one] for one in _names(axis))
-                if axis is not None and size % parts == 0 and not taken & _names(axis):
+                if axis is not None and size // times % parts == 0 and not taken & _names(axis):
                     axes.setdefault(name, axis)
-        axes["p"] = axes.get("h")
-        spec = lambda names: PartitionSpec(*(axes.get(name) if name in "bhp" else None for name in names))
+        spec = lambda names: PartitionSpec(*(axes.get(base[name][0]) if name in base else None for name in names))
         found = tuple(NamedSharding(mesh, spec(names)) for names in dimensions)
         return mesh, run, found[len(inputs) :], found[: len(inputs)]
 
-    whole = [name for name in dict.fromkeys("".join(dimensions)) if name not in "bhp"]
-    spaced = [" ".join(names) for names in dimensions]
+    times = {name: count for name, (_, count) in base.items() if count > 1}
+    whole = [name for name in dict.fromkeys("".join(dimensions)) if name not in letters]
+    factors = lambda name: f"({base[name][0]} {name})" if name in times else name
+    spaced = [" ".join(map(factors, names)) for names in dimensions]
     rule = f"{', '.join(spaced[: len(inputs)])} -> {', '.join(spaced[len(inputs) :])}"
     cut = custom_partitioning(run)
-    cut.def_partition(partition=lie, sharding_rule=rule, need_replication_factors=tuple(whole))
+    cut.def_partition(partition=lie, sharding_rule=rule, need_replication_factors=tuple(whole), **times)
 
     @jax.custom_batching.custom_vmap
     def call(*arrays):

@@ -82,6 +82,16 @@ def test_chunkwise_is_the_recurrence_more_often(call):
     check_a_call(call)
 
 
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+def test_on_a_cpu_bfloat16_is_rounded_where_it_comes_and_goes_alone(gate):
+    x = arguments(0, 1, 65, 1, 16, 16, gate=gate, dtype="bfloat16")
+    call = quick(lambda q, k, v, g: gated_linear_attention(q, k, v, g, implementation="xla")[0])
+    o = call(x.q, x.k, x.v, x.g)
+    exact = call(*(None if y is None else y.astype(jnp.float32) for y in (x.q, x.k, x.v, x.g)))
+    assert o.dtype == jnp.bfloat16
+    assert relative(o, exact) < 2e-3  # roundings to 8 bits: 2^-9 at most of a number between 1 and 2, and evenly spread
+
+
 def test_a_plan_covers_any_length():
     for time in (*range(1, 130), 1000, 65536):
         cut = plan(2, time, 3)

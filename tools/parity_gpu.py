@@ -230,19 +230,23 @@ def their_class(package: str, name: str) -> tuple[Any, Any]:
 
 
 def make(family: str, folder: pathlib.Path, small: bool) -> None:
-    """Save one of their models, every parameter exact in bfloat16."""
+    """Save one of their models."""
+    save(*families(small)[family], folder / "theirs")
+
+
+def save(package: str, name: str, options: dict[str, Any], path: pathlib.Path, seed: int = 0) -> None:
+    """Save a new model of a class of theirs, every parameter exact in bfloat16."""
     import torch
 
-    package, name, options = families(small)[family]
     config, model = their_class(package, name)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     made = model(config(**options))
     with torch.no_grad():
         for param in made.parameters():
             if param.min() == param.max():
                 param += NOISE * torch.randn(param.shape)
             param.copy_(param.to(torch.bfloat16).to(param.dtype))
-    made.save_pretrained(folder / "theirs")
+    made.save_pretrained(path)
 
 
 @dataclasses.dataclass(frozen=True)

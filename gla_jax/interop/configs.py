@@ -36,6 +36,10 @@ class _Fields:
         """The first of these fields that is there and not null."""
         return next((self.fields[n] for n in names if self.fields.get(n) is not None), default)
 
+    def given(self, names: dict[str, str]) -> dict[str, Any]:
+        """Ours by name for those of theirs that are there and not null; the others keep our defaults."""
+        return {ours: self.fields[theirs] for theirs, ours in names.items() if self.fields.get(theirs) is not None}
+
     def need(self, name: str) -> Any:
         if (value := self.get(name)) is None:
             raise CheckpointError(f"config.json: has no {name}")
@@ -54,6 +58,11 @@ CHANGES = ("param_dtype", "dtype", "remat", "layer_unroll", "implementation", "s
 _SILU = ("swish", "silu")
 # What the libraries take where config.json says nothing; 1e-6 for all others.
 _NORM_EPS = {"rwkv6": 1e-5, "mamba": 1e-5, "mamba2": 1e-5, "official": 1e-5}
+# Of Mamba and Mamba-2, as are all their defaults.
+_MAMBA = {
+    **{"state_size": "state_size", "expand": "expand", "conv_kernel": "conv_size"},
+    **{"use_conv_bias": "conv_bias", "use_bias": "projection_bias"},
+}
 _FEATURES = {None: None, "elu": "elu1", "relu": "relu", "identity": None, "elementwise_product": "product"}
 
 
@@ -379,18 +388,8 @@ def _read_mamba2(x: _Fields) -> tuple[dict[str, Any], str]:
     for name in ("norm_before_gate", "D_has_hdim"):
         x.only(name, False)
     low, high = _limit(x, "time_step_limit" if "time_step_limit" in x.fields else "dt_limit")
-    mixer = Mamba2Config(
-        state_size=x.get("state_size", default=128),
-        head_size=x.get("head_dim", default=64),
-        expand=int(x.get("expand", default=2)),
-        num_groups=x.get("n_groups", default=1),
-        conv_size=x.get("conv_kernel", default=4),
-        conv_bias=x.get("use_conv_bias", default=True),
-        projection_bias=x.get("use_bias", default=False),
-        time_step_min=low,
-        time_step_max=high,
-    )
-    return {"mixer": mixer, "mlp": "none"}, "mamba"
+    own = x.given({"head_dim": "head_size", "n_groups": "num_groups"})
+    return {"mixer": Mamba2Config(time_step_min=low, time_step_max=high, **own, **_mamba(x)), "mlp": "none"}, "mamba"
 
 
 def _write_mamba2(mixer: Mamba2Config, config: ModelConfig) -> tuple[dict[str, Any], str]:
@@ -410,15 +409,8 @@ def _write_mamba2(mixer: Mamba2Config, config: ModelConfig) -> tuple[dict[str, A
 
 def _read_mamba(x: _Fields) -> tuple[dict[str, Any], str]:
     x.only("hidden_act", *_SILU)
-    mixer = MambaConfig(
-        state_size=x.get("state_size", default=16),
-        expand=int(x.get("expand", default=2)),
-        conv_size=x.get("conv_kernel", default=4),
-        conv_bias=x.get("use_conv_bias", default=True),
-        projection_bias=x.get("use_bias", default=False),
-        time_step_rank=None if x.get("time_step_rank") == "auto" else x.get("time_step_rank"),
-    )
-    return {"mixer": mixer, "mlp": "none"}, "mamba"
+    rank = None if x.get("time_step_rank") == "auto" else x.get("time_step_rank")
+    return {"mixer": MambaConfig(time_step_rank=rank, **_mamba(x)), "mlp": "none"}, "mamba"
 
 
 def _write_mamba(mixer: MambaConfig, config: ModelConfig) -> tuple[dict[str, Any], str]:
@@ -428,14 +420,13 @@ def _write_mamba(mixer: MambaConfig, config: ModelConfig) -> tuple[dict[str, Any
     return {**fields, **_mamba_to_json(mixer), **inner}, "mamba"
 
 
+def _mamba(x: _Fields) -> dict[str, Any]:
+    options = x.given(_MAMBA)
+    return options | {"expand": int(options["expand"])} if "expand" in options else options
+
+
 def _mamba_to_json(mixer: Any) -> dict[str, Any]:
-    return {
-        "state_size": mixer.state_size,
-        "expand": mixer.expand,
-        "conv_kernel": mixer.conv_size,
-        "use_conv_bias": mixer.conv_bias,
-        "use_bias": mixer.projection_bias,
-    }
+    return {theirs: getattr(mixer, ours) for theirs, ours in _MAMBA.items()}
 
 
 def _read_attention(x: _Fields) -> tuple[dict[str, Any], str]:

@@ -41,7 +41,8 @@ def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
 
     Raises:
       ValueError: naming a change that is none of these, or whose value is not allowed.
-      CheckpointError: naming the file, and the field or arrays that are missing, too much, or of another shape.
+      CheckpointError: naming the file, and the field or arrays that are missing, too much, of another shape, no floats,
+        or not finite.
     """
     folder = Path(folder)
     config, dialect = from_json(read_json(folder / "config.json"), **changes)
@@ -60,6 +61,8 @@ def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
         values = np.empty(param.shape, param.dtype)
         for place, tensor in rows[path]:
             value = LAYOUTS[place.layout].ours(tensor.read())
+            if not np.isfinite(value).all():
+                raise CheckpointError(f"{folder}: {tensor.name} has numbers that are not finite")
             values[... if place.row is None else place.row] = value if place.scale == 1 else value * place.scale
         loaded.append((path, param.replace(jnp.asarray(values))))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
@@ -111,9 +114,11 @@ def convert(source: Path | str, target: Path | str, *, dtype: str | None = None)
       dtype: of the arrays written; None for the one that config.json names, or else float32.
 
     Raises:
-      CheckpointError: as those two.
+      CheckpointError: as those two; or target is the source.
     """
     source, fields = Path(source), read_json(Path(source) / "config.json")
+    if Path(target).resolve() == source.resolve():
+        raise CheckpointError(f"target: must be another folder than the source, got {target}")
     dtype = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
     save_pretrained(load_pretrained(source), target, dtype=dtype)
     written = read_json(Path(target) / "config.json")
@@ -139,7 +144,7 @@ def end_of_text(folder: Path | str) -> int:
 
 def _match(folder: Path, wanted: list[Place], there: dict[str, Tensor], config: ModelConfig) -> list[Tensor]:
     """The array for each place, once all names and shapes have been found right."""
-    found, missing, shapes = [], [], []
+    found, missing, shapes, dtypes = [], [], [], []
     for place in wanted:
         name = next((name for name in place.names if name in there), None)
         if name is None:
@@ -148,11 +153,13 @@ def _match(folder: Path, wanted: list[Place], there: dict[str, Tensor], config: 
         tensor = there.pop(name)
         if tensor.shape != place.shape:
             shapes.append(f"{name} {list(tensor.shape)}, not {list(place.shape)}")
+        if "float" not in tensor.dtype:
+            dtypes.append(f"{name} {tensor.dtype}")
         found.append(tensor)
     extra = [name for name in there if not name.endswith("inv_freq")]
     if config.tie_embeddings:
         extra = [name for name in extra if name != "lm_head.weight"]
-    complaints = (("missing", missing), ("not expected", extra), ("of another shape", shapes))
+    complaints = (("missing", missing), ("not expected", extra), ("of another shape", shapes), ("no floats", dtypes))
     said = [f"{what}: {brief(sorted(names))}" for what, names in complaints if names]
     if said:
         raise CheckpointError(f"{folder}: its arrays do not fit its config.json; " + "; ".join(said))

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from gla_jax.array_types import Array
+from gla_jax.nn.prompt import check_tokens
 
 __all__ = ["Bucket", "Likelihood", "continuation_likelihoods", "perplexity_by_place", "token_log_likelihoods"]
 
@@ -66,13 +67,6 @@ def token_log_likelihoods(
     scores = jax.lax.map(score, (pieces(hidden), pieces(targets)))
     scores, greedy = (jnp.moveaxis(x, 0, 1).reshape(tokens.shape[0], rows)[:, :time] for x in scores)
     return scores, greedy
-
-
-def check_tokens(name: str, model: Any, tokens: np.ndarray) -> None:
-    """A ValueError unless all are tokens of the model."""
-    size = model.config.vocab_size
-    if tokens.min() < 0 or tokens.max() >= size:
-        raise ValueError(f"{name}: tokens must be from 0 to {size - 1}, got {tokens.min()} to {tokens.max()}")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.files import CheckpointError
-from gla_jax.nn.generate import stream
+from gla_jax.nn.generate import checked_stops, stream
 
 __all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer", "stream_text"]
 
@@ -105,8 +105,9 @@ def stream_text(
         raise ValueError("prompt: must have at least one token, got none")
     if options.get("num_samples", 1) != 1:
         raise ValueError(f"num_samples: must be 1 to stream text, got {options['num_samples']}")
-    drawn = stream(model, np.asarray([ids], np.int32), max_new_tokens, **options)
-    return _pieces(drawn, tokenizer, ids, frozenset(options.get("stop_tokens") or ()))
+    stops = checked_stops(options.pop("stop_tokens", ()))
+    drawn = stream(model, np.asarray([ids], np.int32), max_new_tokens, stop_tokens=stops, **options)
+    return _pieces(drawn, tokenizer, ids, frozenset(stops))
 
 
 def _pieces(drawn: Iterator[np.ndarray], tokenizer: Tokenizer, ids: list[int], stops: frozenset[int]) -> Iterator[str]:

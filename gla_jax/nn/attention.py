@@ -40,10 +40,6 @@ class GatedLinearAttentionConfig(ProjectedConfig):
         self._positive("gate_normalizer")
         self._require("gate_clamp", self.gate_clamp is None or self.gate_clamp < 0, "negative or None")
 
-    def build(self, hidden_size: int, **common: Any) -> "GatedLinearAttention":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return GatedLinearAttention(hidden_size, **self.options(), **common)
-
 
 class GatedLinearAttention(ProjectedLayer):
     r"""Multi-head gated linear attention (arXiv 2312.06635, sections 4.1 and 4.4, equation 3).
@@ -127,6 +123,8 @@ def _log_decay_forward(normalizer: float, low: Array, up: Array, bias: Array) ->
 
 def _log_decay_backward(normalizer: float, kept: tuple[Array, ...], dg: Array) -> tuple[Array, Array, Array]:
     low, up, g = kept
+    # Without this XLA computes the derivative in the forward, and keeps it in float32.
+    g, dg = jax.lax.optimization_barrier((g, dg))
     # The derivative of logsigmoid(x) is 1 - sigmoid(x), and sigmoid(x) is exp(normalizer g): nothing but g is kept.
     dx = dg.astype(jnp.float32) * (jnp.expm1(normalizer * g.astype(jnp.float32)) / -normalizer)
     rows = tuple(range(dx.ndim - 1))
@@ -152,10 +150,6 @@ class SimpleGatedLinearAttentionConfig(ProjectedConfig):
         """Raises a ValueError that names a field out of its range."""
         super().check()
         self._positive("gate_normalizer")
-
-    def build(self, hidden_size: int, **common: Any) -> "SimpleGatedLinearAttention":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return SimpleGatedLinearAttention(hidden_size, **self.options(), **common)
 
 
 class SimpleGatedLinearAttention(ProjectedLayer):

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from gla_jax.array_types import Array, Ids
 from gla_jax.nn.config import NORMS, ModelConfig
 from gla_jax.nn.mlp import SwiGLU
+from gla_jax.nn.norm import fork
 from gla_jax.nn.recurrent import MixerConfig
 from gla_jax.nn.rwkv6 import ChannelMix
 
@@ -58,7 +59,8 @@ class Block(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """The block over whole sequences x [b, t, d]; segment_ids [b, t] and layer_input as its mixer takes them."""
         with jax.named_scope("mixer"):
-            y = x + self.mixer(self.mixer_norm(x), segment_ids, layer_input)
+            x, z = fork(self.mixer_norm, x)
+            y = x + self.mixer(z, segment_ids, layer_input)
         if isinstance(self.mlp, ChannelMix):
             return y + self.mlp(self.mlp_norm(y), segment_ids)
         with jax.named_scope("mlp"):
@@ -88,4 +90,7 @@ class Block(nnx.Module):
         return self._feed_forward(y), new
 
     def _feed_forward(self, y: Array) -> Array:
-        return y if self.mlp is None else y + self.mlp(self.mlp_norm(y))
+        if self.mlp is None:
+            return y
+        y, z = fork(self.mlp_norm, y)
+        return y + self.mlp(z)

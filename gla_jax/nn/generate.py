@@ -75,7 +75,7 @@ def generate(
     """
     prompt, lengths = _checked_start(model, prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
     draw, top_k = checked_draw(key, temperature, top_k, top_p)
-    stops = _checked_stops(stop_tokens)
+    stops = checked_stops(stop_tokens)
     graphdef, params = nnx.split(model)
     how = _How(top_k, stops, num_samples, prefill_chunk)
     program = _compiled(_generate, static=(0, 5, 6))
@@ -102,7 +102,7 @@ def stream(
     """
     prompt, lengths = _checked_start(model, prompt, prompt_lengths, max_new_tokens, num_samples, prefill_chunk)
     draw, top_k = checked_draw(key, temperature, top_k, top_p)
-    how = _How(top_k, _checked_stops(stop_tokens), num_samples, prefill_chunk)
+    how = _How(top_k, checked_stops(stop_tokens), num_samples, prefill_chunk)
     graphdef, params = nnx.split(model)
 
     def tokens() -> Iterator[np.ndarray]:
@@ -186,7 +186,7 @@ def _checked_start(
         check_state("prompt", model, prompt)
         cache: Any = prompt.cache
     else:
-        prompt, lengths = checked_prompt(prompt, lengths, prefill_chunk)
+        prompt, lengths = checked_prompt(model, prompt, lengths, prefill_chunk)
         cache = {"position": np.asarray(longest(prompt, lengths))}
     check_room("max_new_tokens", model.config.cache_limit, cache, max_new_tokens)
     return prompt, lengths
@@ -204,12 +204,15 @@ def checked_draw(key: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[_D
         raise ValueError(f"top_p: must be above 0 and at most 1, or None, got {top_p!r}")
     if temperature == 0:
         return _Draw(None, None, None), None
-    if not isinstance(key, jax.Array):
-        raise ValueError(f"key: must be a jax.random.key, got {key!r}")
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not isinstance(key, jax.Array) or key.ndim != (0 if typed else 1):  # the older kind is an array [2]
+        given = f"{key.dtype} {list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
+        raise ValueError(f"key: must be a jax.random.key, got {given}")
     return _Draw(key, temperature, top_p), top_k
 
 
-def _checked_stops(stop_tokens: Any) -> tuple[int, ...]:
+def checked_stops(stop_tokens: Any) -> tuple[int, ...]:
+    """What `stop_tokens` holds, or a ValueError that names it."""
     tokens = np.asarray(() if stop_tokens is None else list(stop_tokens) if np.iterable(stop_tokens) else stop_tokens)
     if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
         raise ValueError(f"stop_tokens: must be a sequence of integers, got {stop_tokens!r}")

@@ -37,10 +37,6 @@ class HGRN2Config(MixerConfig):
         self._positive("output_norm_eps")
         self._require("conv_size", self.conv_size >= 0, "0 (none) or more")
 
-    def build(self, hidden_size: int, **common: Any) -> "HGRN2":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return HGRN2(hidden_size, **self.options(), **common)
-
 
 class HGRN2(RecurrentLayer):
     """Gated linear RNN with state expansion (arXiv 2404.07904).

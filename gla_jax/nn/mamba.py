@@ -43,10 +43,6 @@ class MambaConfig(MixerConfig):
         self._at_least(1, "state_size", "expand", "conv_size", "chunk")
         self._require("time_step_rank", self.time_step_rank is None or self.time_step_rank >= 1, "at least 1 or None")
 
-    def build(self, hidden_size: int, **common: Any) -> "Mamba":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return Mamba(hidden_size, **self.options(), **common)
-
 
 class _Inputs(NamedTuple):
     """What the recurrence reads: u, dt [..., c] and B, C [..., n], float32."""

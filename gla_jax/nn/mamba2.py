@@ -49,10 +49,6 @@ class Mamba2Config(MixerConfig):
             f"above time_step_min = {self.time_step_min} or None",
         )
 
-    def build(self, hidden_size: int, **common: Any) -> "Mamba2":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return Mamba2(hidden_size, **self.options(), **common)
-
 
 class Mamba2(RecurrentLayer):
     """The Mamba-2 layer (arXiv 2405.21060, equation 2 and section 7).

@@ -1,5 +1,6 @@
 """Normalisation over the last axis, computed in float32."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,9 +9,12 @@ from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array
+from gla_jax.mesh import cut_along, is_cut_explicitly, mixes_axes, runs_on_one_device, vary_alike
+from gla_jax.nn.mlp import gated
 from gla_jax.nn.sharding import parameter
+from gla_jax.pallas import norm as kernel
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "RMSNorm", "fork", "gated_norm"]
 
 
 class RMSNorm(nnx.Module):
@@ -40,11 +44,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         """Normalise x [..., d]."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        if self.scale is not None:
-            y = y * self.scale[...].astype(jnp.float32)
-        return y.astype(self.dtype or x.dtype)
+        scale = None if self.scale is None else self.scale[...]
+        return _rms_norm(x, scale, self.eps, jnp.dtype(self.dtype or x.dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -87,3 +88,97 @@ def _constant(init: Any, features: int, present: bool, param_dtype: Any, rngs: n
     if not present:
         return nnx.data(None)
     return parameter(init, (features,), (None,), param_dtype=param_dtype, rngs=rngs)
+
+
+def fork(norm: Any, x: Float[Array, "*rows d"]) -> tuple[Float[Array, "*rows d"], Float[Array, "*rows d"]]:
+    """x and norm(x), where a residual stream goes on beside a layer.
+
+    The gradient of an `RMSNorm` is added there to that of the stream, and no statistics are kept.
+    """
+    if not isinstance(norm, RMSNorm) or norm.scale is None:
+        return x, norm(x)
+    return _fork(norm.eps, jnp.dtype(norm.dtype or x.dtype), x, norm.scale[...])
+
+
+def gated_norm(norm: Any, o: Float[Array, "*rows h d"], gate: Float[Array, "*rows hd"]) -> Float[Array, "*rows hd"]:
+    """swish(gate) * norm(o), heads side by side, rounded once; for its gradients nothing but the arguments is kept."""
+    if isinstance(norm, RMSNorm) and norm.scale is not None:
+        return _gated_norm(norm.eps, o, gate, norm.scale[...])
+    finish = lambda o, gate: gated((o if norm is None else norm(o)).reshape(gate.shape), gate)
+    return jax.checkpoint(finish, prevent_cse=False)(o, gate)
+
+
+def _rms_norm(x: Array, scale: Array | None, eps: float, dtype: Any) -> Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return (y if scale is None else y * scale.astype(jnp.float32)).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fork(eps: float, dtype: Any, x: Array, scale: Array) -> tuple[Array, Array]:
+    return x, _rms_norm(x, scale, eps, dtype)
+
+
+def _fork_forward(eps: float, dtype: Any, x: Array, scale: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    return _fork(eps, dtype, x, scale), (x, scale)
+
+
+def _fork_backward(eps: float, dtype: Any, kept: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple:
+    (x, scale), (dx, dy) = kept, cotangents
+    heads = lambda y: y[:, :, None]
+    if dy.dtype == x.dtype and x.ndim == 3 and _has_kernel(heads(x)):
+        found, dscale = _gradients(eps, False, heads(x), heads(dy), heads(dx), scale)
+        return found.reshape(x.shape), dscale
+    _, pull = jax.vjp(lambda x, scale: _rms_norm(x, scale, eps, dtype), x, scale)
+    more, dscale = pull(dy)
+    return dx + more, dscale
+
+
+_fork.defvjp(_fork_forward, _fork_backward)
+
+
+def _normalised_and_gated(eps: float, o: Array, gate: Array, scale: Array) -> Array:
+    return gated(_rms_norm(o, scale, eps, jnp.float32).reshape(gate.shape), gate)
+
+
+_gated_norm = jax.custom_vjp(_normalised_and_gated, nondiff_argnums=(0,))
+
+
+def _gated_norm_forward(eps: float, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _gated_norm(eps, *arguments), arguments
+
+
+def _gated_norm_backward(eps: float, arguments: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+    o, gate, scale = arguments
+    if gate.dtype == o.dtype and o.ndim == 4 and _has_kernel(o):
+        do, dgate, dscale = _gradients(eps, True, o, dy.reshape(o.shape), gate.reshape(o.shape), scale)
+        return do, dgate.reshape(gate.shape), dscale
+    return jax.vjp(functools.partial(_normalised_and_gated, eps), *arguments)[1](dy)
+
+
+_gated_norm.defvjp(_gated_norm_forward, _gated_norm_backward)
+
+
+def _has_kernel(x: Array) -> bool:
+    return not (is_cut_explicitly(x) or mixes_axes(x) or kernel.why_unsupported(x))
+
+
+def _gradients(eps: float, is_gated: bool, x: Array, dy: Array, beside: Array, scale: Array) -> tuple[Array, ...]:
+    """By the kernel: x's, [the gate's,] and scale's."""
+    wide = jnp.broadcast_to(scale.astype(jnp.float32), (x.shape[0], *scale.shape))
+    one = runs_on_one_device(x)
+    devices = 1 if one else jax.typeof(x).sharding.mesh.size
+    each = kernel.rows_of_a_block(x.shape[0], x.shape[1], devices)
+
+    def run(x: Array, dy: Array, beside: Array, wide: Array) -> tuple[Array, ...]:
+        return kernel.norm_gradients(x, dy, beside, wide, eps, each, gated=is_gated)
+
+    if not one:
+        whole, parts = "bthd", "bnhd"
+        inputs, outputs = (whole, whole, whole, "bd"), (*[whole] * (1 + is_gated), parts)
+        letters = "bnh" if is_gated else "bn"
+        found = cut_along(run, (x, dy, beside, wide), inputs, outputs, letters, {"t": ("n", each)})
+    else:
+        found = vary_alike((run(x, dy, beside, wide), x))[0]
+    *found, parts = found
+    return *found, jnp.sum(parts, (0, 1, 2)).astype(scale.dtype)

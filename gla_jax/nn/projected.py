@@ -10,8 +10,8 @@ from flax import nnx
 
 from gla_jax.array_types import Array
 from gla_jax.nn.conv import ShortConvolution
-from gla_jax.nn.mlp import gated, silu
-from gla_jax.nn.norm import LayerNorm, RMSNorm
+from gla_jax.nn.mlp import silu
+from gla_jax.nn.norm import LayerNorm, RMSNorm, gated_norm
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear, side_by_side
 
@@ -125,9 +125,11 @@ class ProjectedLayer(RecurrentLayer):
     def _streams(self, x: Array, **beside: nnx.Linear) -> dict[str, Array]:
         """What the projections make of x, and what the layers `beside` them make of it."""
         layers: dict[str, Any] = {"q_conv": self.q_proj, "k_conv": self.k_proj, "v_conv": self.v_proj, **beside}
+        streams = dict(zip(layers, side_by_side(list(layers.values()), x), strict=True))
         if self.out_gate is not None:
-            layers["out_gate"] = self.out_gate
-        return dict(zip(layers, side_by_side(list(layers.values()), x), strict=True))
+            # A product of its own: its gradient's kernel wants it, and writes it, in one piece.
+            streams["out_gate"] = self.out_gate(x)
+        return streams
 
     def _arguments(self, streams: dict[str, Array], x: Array, position: Any, layer_input: Any) -> dict[str, Any]:
         q = streams["q_conv"].reshape(*x.shape[:-1], self.num_heads, self.head_k)
@@ -140,11 +142,7 @@ class ProjectedLayer(RecurrentLayer):
         return self.decay(x, layer_input)
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
-        def norm(o: Array) -> Array:
-            return (o if self.o_norm is None else self.o_norm(o)).reshape(*x.shape[:-1], -1)
-
         if self.out_gate is None:
-            return self.o_proj(norm(o).astype(o.dtype))
-        # For the gradients nothing but the arguments is kept.
-        finish = jax.checkpoint(lambda o, gate: gated(norm(o), gate), prevent_cse=False)
-        return self.o_proj(finish(o, streams["out_gate"]))
+            y = o if self.o_norm is None else self.o_norm(o).astype(o.dtype)
+            return self.o_proj(y.reshape(*x.shape[:-1], -1))
+        return self.o_proj(gated_norm(self.o_norm, o, streams["out_gate"]))

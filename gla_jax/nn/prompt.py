@@ -37,7 +37,7 @@ def read_prompt(
     prefill_chunk: int = 2048,
 ) -> PromptState:
     """Read prompts [b, t], after what `state` has read if it is given; arguments and errors as in `generate`."""
-    prompt, lengths = checked_prompt(prompt, prompt_lengths, prefill_chunk)
+    prompt, lengths = checked_prompt(model, prompt, prompt_lengths, prefill_chunk)
     if state is not None:
         check_state("state", model, state, prompt.shape[0])
     limit, cache = cast(Any, model).config.cache_limit, None if state is None else state.cache
@@ -69,9 +69,9 @@ def load_state(path: Path | str, model: nnx.Module) -> PromptState:
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def checked_prompt(prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array, Array | None]:
+def checked_prompt(model: Any, prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array, Array | None]:
     """The prompt [b, t] as int32 and its lengths, or a ValueError that names what is wrong."""
-    prompt = _as_array("prompt", prompt, "[b, t]")
+    given, prompt = prompt, _as_array("prompt", prompt, "[b, t]")
     if prompt.ndim != 2 or 0 in prompt.shape or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(f"prompt: must be integers [b, t], b and t >= 1, got {prompt.dtype} {list(prompt.shape)}")
     check_count("prefill_chunk", prefill_chunk)
@@ -83,7 +83,20 @@ def checked_prompt(prompt: Any, lengths: Any, prefill_chunk: Any) -> tuple[Array
             raise ValueError(f"prompt_lengths: must have shape [b] = [{b}], got {list(lengths.shape)}")
         if not isinstance(lengths, jax.core.Tracer) and (lengths.min() < 1 or lengths.max() > t):
             raise ValueError(f"prompt_lengths: must be from 1 to t = {t}, got {lengths.tolist()}")
+    # Not what JAX has made of it: without 64 bits it cuts integers off.
+    if not any(isinstance(x, jax.core.Tracer) for x in (given, lengths)) and prompt.is_fully_addressable:
+        padding = 0 if lengths is None else prompt.shape[1] - np.asarray(lengths)[:, None]
+        check_tokens(
+            "prompt", model, np.asarray(given)[np.broadcast_to(np.arange(prompt.shape[1]) >= padding, prompt.shape)]
+        )
     return prompt.astype(jnp.int32), lengths
+
+
+def check_tokens(name: str, model: Any, tokens: np.ndarray) -> None:
+    """A ValueError unless all are tokens of the model."""
+    size = model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= size:
+        raise ValueError(f"{name}: tokens must be from 0 to {size - 1}, got {tokens.min()} to {tokens.max()}")
 
 
 def _as_array(name: str, x: Any, letters: str) -> Array:

@@ -23,12 +23,14 @@ __all__ = ["Layer", "Making", "MixerConfig", "RecurrentLayer", "check_common", "
 class MixerConfig(Checked):
     """The options of one kind of layer that mixes over time; `build` makes the layer."""
 
+    layer: ClassVar[type["Layer"]]
+    """The class whose `config_type` this is."""
     layer_input: ClassVar[str | None] = None
     """What a model hands each of its layers, or None: "depth" or "lower_bound"."""
 
     def build(self, hidden_size: int, **common: Any) -> nnx.Module:
         """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        raise NotImplementedError
+        return self.layer(hidden_size, **self.options(), **common)
 
     def options(self) -> dict[str, Any]:
         """The fields by name."""
@@ -67,6 +69,11 @@ class Layer(nnx.Module):
     """The options that the constructor takes beside its own arguments."""
     implementation: Any = None
     """Of the op: None for the best there is, or a name (see `gated_linear_attention`)."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "config_type" in vars(cls):  # of its own, not its parent's
+            cls.config_type.layer = cls
 
     def __init__(
         self,

@@ -44,10 +44,6 @@ class RetentionConfig(ProjectedConfig):
         super().check()
         self._require("rope_theta", self.rope_theta is None or self.rope_theta > 0, "positive or None")
 
-    def build(self, hidden_size: int, **common: Any) -> "Retention":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return Retention(hidden_size, **self.options(), **common)
-
 
 class Retention(ProjectedLayer):
     """Multi-scale retention, the layer of RetNet (arXiv 2307.08621, equations 5 to 8).
@@ -95,10 +91,6 @@ class LightningAttentionConfig(MixerConfig):
         """Raises a ValueError that names a field out of its range."""
         self._at_least(1, "num_heads")
         self._require("head_size", self.head_size is None or self.head_size >= 1, "at least 1 or None")
-
-    def build(self, hidden_size: int, **common: Any) -> "LightningAttention":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return LightningAttention(hidden_size, **self.options(), **common)
 
 
 class LightningAttention(RecurrentLayer):
@@ -161,10 +153,6 @@ class LinearAttentionConfig(ProjectedConfig):
     """Norm of each head's output: rms, layer or none."""
 
     feature_maps: ClassVar[tuple[str | None, ...]] = (None, *FEATURE_MAPS, "product")
-
-    def build(self, hidden_size: int, **common: Any) -> "LinearAttention":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return LinearAttention(hidden_size, **self.options(), **common)
 
 
 class LinearAttention(ProjectedLayer):

@@ -37,10 +37,6 @@ class RWKV6Config(MixerConfig):
         self._at_least(1, "num_heads", "shift_low_rank", "gate_low_rank")
         self._positive("expand_k", "expand_v")
 
-    def build(self, hidden_size: int, **common: Any) -> "RWKV6":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return RWKV6(hidden_size, **self.options(), **common)
-
 
 class RWKV6(RecurrentLayer):
     """Time mixing of RWKV-6 (arXiv 2404.05892, section 4.2).

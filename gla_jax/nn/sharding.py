@@ -70,10 +70,16 @@ def parameter(init: Callable, shape: tuple[int, ...], axes: Axes, *, param_dtype
 
 
 class _Linear(nnx.Linear):
-    """nnx.Linear `by_rows`."""
+    """nnx.Linear `by_rows`, whose product is rounded after its bias has been added, not before as well."""
 
     def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
-        return by_rows(lambda rows: super(_Linear, self).__call__(rows, **kwargs), inputs)
+        if self.bias is None:
+            return by_rows(lambda rows: super(_Linear, self).__call__(rows, **kwargs), inputs)
+        kernel, bias = self.kernel[...], self.bias[...]
+        dtype = self.dtype or jnp.result_type(inputs, kernel, bias)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        product = functools.partial(dot, w=kernel.astype(dtype), preferred_element_type=wide)
+        return by_rows(lambda rows: (product(rows.astype(dtype)) + bias.astype(wide)).astype(dtype), inputs)
 
 
 def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -108,21 +114,21 @@ def side_by_side(layers: Sequence[nnx.Linear], x: jax.Array) -> list[jax.Array]:
 
     That product reads x once, and so do those of the gradients, which also sum up in float32 what is x's. For few
     rows, as in decoding, the time is that of reading weights, and these would be copied. Nor is it one where a mesh
-    axis may cut the outs, any but `WHOLE_OUTS`: each device would have some of the layers.
+    axis may cut the outs, any but `WHOLE_OUTS`: each device would have some of the layers; nor with a bias, which is
+    added before the product is rounded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = zip(mesh.axis_names, mesh.axis_types, mesh.axis_sizes, strict=True)
     cuts = any(size > 1 and not (kind == AxisType.Auto and name in WHOLE_OUTS) for name, kind, size in sizes)
-    if x.size < MANY_ROWS * x.shape[-1] or cuts:
+    biased = any(layer.bias is not None for layer in layers)
+    if x.size < MANY_ROWS * x.shape[-1] or cuts or biased:
         return [layer(x) for layer in layers]
     kernels = [layer.kernel[...] for layer in layers]
     dtype = layers[0].dtype or jax.numpy.result_type(x, *kernels)
     kernel = jax.numpy.concatenate([kernel.astype(dtype) for kernel in kernels], 1)
     y = by_rows(lambda rows: rows.astype(dtype) @ kernel, x)
     ends = itertools.accumulate(kernel.shape[1] for kernel in kernels)
-    parts = jax.numpy.split(y, list(ends)[:-1], -1)
-    biases = [None if layer.bias is None else layer.bias[...].astype(dtype) for layer in layers]
-    return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
+    return jax.numpy.split(y, list(ends)[:-1], -1)
 
 
 def on_auto_axes(call: Callable[..., Any], module: nnx.Module, *arrays: Any, out_specs: Any) -> Any:

@@ -55,10 +55,6 @@ class SoftmaxAttentionConfig(MixerConfig):
         """The most tokens that decoding can see: cache_size, or None with a window, which needs no more than it has."""
         return self.cache_size if self.window is None else None
 
-    def build(self, hidden_size: int, **common: Any) -> "SoftmaxAttention":
-        """The layer for a model of width hidden_size; `common` are the arguments that all layers take."""
-        return SoftmaxAttention(hidden_size, **self.options(), **common)
-
 
 class SoftmaxAttention(Layer):
     """Causal softmax attention, as in Llama: the Transformer++ of arXiv 2312.06635, section 5.1.

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gla_jax.array_types import Array, Float, Gate, Key, Query, State, Value
 from gla_jax.pallas import backward_chunks, backward_kernel, backward_states
 from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward, choose_time_parts
-from gla_jax.pallas.backward_states import Walk
+from gla_jax.pallas.backward_states import Walk, through_parts
 from gla_jax.pallas.config import WIDTH
 from gla_jax.pallas.forward import States
 from gla_jax.pallas.gating import CHUNK
@@ -116,6 +116,7 @@ def backward(
 
     tokens = lambda x, size: _pad(x.astype(dtype), (batch, rows, x.shape[2], size))
     cut = lambda x: x.reshape(batch * parts, rows // parts, *x.shape[2:])
+    merged = lambda x: x.reshape(-1, *x.shape[2:])
 
     def call(kernel, grid, scratch, out_type, config=config, **options):
         return plgpu.kernel(
@@ -132,25 +133,7 @@ def backward(
             interpret=interpret,
         )
 
-    def walk(*walks):
-        """Each walk's outputs; walks are (Walk, k, v, g, initial state) of sequences of the same length."""
-        sequences, length = walks[0][1].shape[:2]
-        n, out_type, inputs = pl.cdiv(length, CHUNK), [], []
-        for kind, k, v, g, initial in walks:
-            shape, of_states = ((), jnp.float32) if kind.totals else ((n,), dtype)
-            sizes = (keys, values) if kind.totals else (keys * values // WIDTH, WIDTH)
-            out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, *sizes), of_states))
-            if kind.has_decay:
-                out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, keys), jnp.float32))
-            if kind.has_last:
-                out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, keys, values), jnp.float32))
-            inputs += [k, v, g] if initial is None else [k, v, g, initial]
-        kinds = [kind._replace(has_initial=initial is not None) for kind, *_, initial in walks]
-        grid = (sequences, max(kind.heads for kind in kinds), blocks * len(kinds))
-        options = {"chunks": n, "blocks": blocks, "value_parts": value_parts, "walks": kinds}
-        make = call(backward_states.states_kernel, grid, backward_states.scratch, tuple(out_type), **options)
-        return make(*inputs)
-
+    walk = functools.partial(backward_states.walk, config, interpret)
     whole = {"q": tokens(q, keys), "k": tokens(k, keys), "v": tokens(v, values), "g": tokens(gates, keys)}
     whole["do"] = tokens(do, values)
     q_, k_, v_, g_, do_ = (cut(x) for x in whole.values())
@@ -169,7 +152,7 @@ def backward(
     elif parts > 1 or callable(dfinal):
         back = walk((backwards._replace(totals=True), q_, do_, g_, None))
     if callable(dfinal):
-        _, added = _through_parts(None, back, parts, scale)
+        _, added = through_parts(None, back, parts, scale)
         decay = jnp.exp(jnp.sum(back[1].reshape(batch, parts, heads, keys), axis=1))
         dfinal = dfinal(decay[:, ::group, :key_size, None], share(added, 1)[:, :, :key_size, :value_size])
     if group > 1 and dfinal is not None:
@@ -177,9 +160,9 @@ def backward(
         dfinal = jnp.zeros((batch, heads, key_size, value_size), jnp.float32).at[:, ::group].set(dfinal)
     initial, final = (None if x is None else _pad(x, (*x.shape[:2], keys, values)) for x in (initial_state, dfinal))
     if parts > 1:
-        final, _ = _through_parts(final, back, parts, scale)
+        final = merged(through_parts(final, back, parts, scale)[0])
     if parts > splits:
-        initial, _ = _through_parts(initial, forth, parts)
+        initial = merged(through_parts(initial, forth, parts)[0])
     if config.in_chunks is not None:
         last = backwards._replace(scale=scale, has_decay=False, has_last=True)
         states, decay, d, dinitial = walk((forwards, k_, v_, g_, initial), (last, q_, do_, g_, final))
@@ -250,27 +233,6 @@ def backward(
         None if g is None else dg,
         None if initial_state is None else dinitial,
     )
-
-
-def _through_parts(end, walked, parts, scale=None):
-    """The states that enter each part of a sequence and the one after the last part; with scale, their cotangents.
-
-    Args:
-      end: [b, h, k, v] at the sequence's end where the walk starts; zeros if None.
-      walked: [b * parts, h, k, v], what each part adds, but for scale, and [b * parts, h, k], the sum of its gates.
-      parts: how many a sequence has.
-      scale: factor of what is added, for a walk backwards: from the last part's end to before the first.
-
-    Returns:
-      [b * parts, h, k, v] and [b, h, k, v].
-    """
-    added, decay = (x.reshape(-1, parts, *x.shape[1:]) for x in walked)
-    state, found = jnp.zeros_like(added[:, 0]) if end is None else end, []
-    for i in range(parts) if scale is None else reversed(range(parts)):
-        found.append(state)
-        state = jnp.exp(decay[:, i, ..., None]) * state + (1.0 if scale is None else scale) * added[:, i]
-    found = jnp.stack(found if scale is None else found[::-1], 1)
-    return found.reshape(-1, *found.shape[2:]), state
 
 
 def _magnitude(x, y=None):

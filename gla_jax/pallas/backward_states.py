@@ -25,6 +25,7 @@ chunk, scaled like the states.
 import functools
 from typing import NamedTuple
 
+import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
@@ -94,6 +95,7 @@ class Walk(NamedTuple):
       has_initial: starts from a state that is given, not from zeros.
       has_last: leaves the last state in float32, besides.
       has_decay: leaves the decay.
+      of, first: sequences go by `of` in a row, of which the `first` alone are walked; all where both are 1.
     """
 
     heads: int
@@ -104,6 +106,70 @@ class Walk(NamedTuple):
     has_initial: bool = False
     has_last: bool = False
     has_decay: bool = True
+    of: int = 1
+    first: int = 1
+
+
+def walk(config, interpret, *walks):
+    """The outputs of all walks, in one launch.
+
+    Args:
+      config: a BackwardConfig.
+      interpret: runs the kernel in Pallas' interpreter.
+      walks: (Walk, k, v, g, initial state or None) of sequences of the same length and sizes, which are padded ones.
+
+    Returns:
+      of each walk, one after the other, what `states_kernel` leaves.
+    """
+    kind, k, v, *_ = walks[0]
+    (sequences, length, _, keys), values, dtype = k.shape, v.shape[-1], k.dtype
+    sequences = sequences // kind.of * kind.first
+    n, value_parts = pl.cdiv(length, CHUNK), values // (VALUE_BLOCKS * CHUNK)
+    blocks = keys // (config.key_blocks * CHUNK) * value_parts
+    out_type, inputs = [], []
+    for kind, k, v, g, initial in walks:
+        shape, of_states = ((), jnp.float32) if kind.totals else ((n,), dtype)
+        sizes = (keys, values) if kind.totals else (keys * values // CHUNK, CHUNK)
+        out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, *sizes), of_states))
+        if kind.has_decay:
+            out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, *shape, keys), jnp.float32))
+        if kind.has_last:
+            out_type.append(jax.ShapeDtypeStruct((sequences, kind.heads, keys, values), jnp.float32))
+        inputs += [k, v, g] if initial is None else [k, v, g, initial]
+    kinds = [kind._replace(has_initial=initial is not None) for kind, *_, initial in walks]
+    options = {"chunks": n, "blocks": blocks, "value_parts": value_parts, "walks": kinds}
+    run = plgpu.kernel(
+        functools.partial(states_kernel, config=config, **options),
+        out_type=tuple(out_type),
+        grid=(sequences, max(kind.heads for kind in kinds), blocks * len(kinds)),
+        grid_names=("batch", "head", "part"),
+        num_threads=config.threads,
+        thread_name="role",
+        scratch_types=[scratch(config, dtype)],
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )
+    return run(*inputs)
+
+
+def through_parts(end, walked, parts, scale=None):
+    """The states that enter each part of a sequence and the one after the last part; with scale, their cotangents.
+
+    Args:
+      end: [b, h, k, v] at the sequence's end where the walk starts; zeros if None.
+      walked: [b * parts, h, k, v], what each part adds, but for scale, and [b * parts, h, k], the sum of its gates.
+      parts: how many a sequence has.
+      scale: factor of what is added, for a walk backwards: from the last part's end to before the first.
+
+    Returns:
+      [b, parts, h, k, v] and [b, h, k, v].
+    """
+    added, decay = (x.reshape(-1, parts, *x.shape[1:]) for x in walked)
+    state, found = jnp.zeros_like(added[:, 0]) if end is None else end, []
+    for i in range(parts) if scale is None else reversed(range(parts)):
+        found.append(state)
+        state = jnp.exp(decay[:, i, ..., None]) * state + (1.0 if scale is None else scale) * added[:, i]
+    return jnp.stack(found if scale is None else found[::-1], 1), state
 
 
 def states_kernel(*refs, config, chunks, blocks, value_parts, walks):
@@ -132,6 +198,7 @@ def states_kernel(*refs, config, chunks, blocks, value_parts, walks):
 def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, decay, last):
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    source = lax.div(batch, jnp.int32(walk.first)) * walk.of + lax.rem(batch, jnp.int32(walk.first))
     key_part, value_part = lax.div(part, jnp.int32(value_parts)), lax.rem(part, jnp.int32(value_parts))
     channels = lambda i: pl.ds((key_part * config.key_blocks + i) * CHUNK, CHUNK)
     columns = lambda i: pl.ds((value_part * VALUE_BLOCKS + i) * CHUNK, CHUNK)
@@ -147,14 +214,16 @@ def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, 
                 return of_chunk(states, n).at[mine, columns(i)]
             return of_chunk(states, n).at[pl.ds((row * VALUE_BLOCKS + i) * CHUNK, CHUNK)]
 
-        of_head = lambda x: None if x is None else [x.at[batch, head, mine, columns(i)] for i in range(VALUE_BLOCKS)]
+        def of_head(x, sequence=batch):
+            return None if x is None else [x.at[sequence, head, mine, columns(i)] for i in range(VALUE_BLOCKS)]
+
         _carry_states(
             s,
             warpgroup,
             config,
             chunks,
             walk,
-            initial=of_head(initial),
+            initial=of_head(initial, source),
             states=place,
             decay=None if decay is None else lambda n: of_chunk(decay, n).at[mine],
             last=of_head(last),
@@ -173,11 +242,11 @@ def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, 
             tokens = pl.ds((chunks - 1 - n if walk.reverse else n) * CHUNK, CHUNK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
             for i in range(config.key_blocks):
-                gates = g.at[batch, tokens, lax.div(head, jnp.int32(walk.group)), channels(i)]
+                gates = g.at[source, tokens, lax.div(head, jnp.int32(walk.group)), channels(i)]
                 copy(gates, s["g"].at[slot, i], s["loaded"].at[slot])
-                copy(k.at[batch, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
+                copy(k.at[source, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
             for i in range(VALUE_BLOCKS):
-                copy(v.at[batch, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
+                copy(v.at[source, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
 
         lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, None)
         for n in range(max(0, chunks - config.state_stages), chunks):

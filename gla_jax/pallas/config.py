@@ -41,6 +41,8 @@ class ForwardConfig(Roles):
       v_slots, score_slots: chunks of v, and of scores for each gater of a chunk, in shared memory.
       matmul_registers, gate_registers, load_registers: a thread's, in each role.
       mild: largest decay of a chunk, in nats, for the centred form.
+      splits: parts of the sequence that go at the same time, where there are few heads; the states between them are
+        computed first.
     """
 
     key_blocks: int
@@ -55,6 +57,7 @@ class ForwardConfig(Roles):
     gate_registers: int
     load_registers: int = 24
     mild: float = 96.0
+    splits: int = 1
 
     def __post_init__(self):
         if self.key_blocks % self.block_gaters or self.gaters % self.block_gaters:
@@ -126,8 +129,8 @@ _GATE = {
 }
 _NARROW = ForwardConfig(1, 1, 2, 1, 4, 4, 4, 2, matmul_registers=120, gate_registers=184)
 _WIDE = ForwardConfig(2, 2, 1, 1, 4, 4, 3, 2, matmul_registers=136, gate_registers=216)
-# The GPU's multiprocessors; blocks that fill it; blocks that leave most of it idle.
-_BLOCKS, _FULL, _FEW = 132, 120, 33
+# The GPU's multiprocessors; blocks that fill it; and most of it; blocks that leave most of it idle.
+_BLOCKS, _FULL, _MOST, _FEW = 132, 120, 100, 33
 
 
 def choose_forward(
@@ -139,19 +142,30 @@ def choose_forward(
     *,
     wide_gate: bool = False,
     two_passes: bool = False,
+    may_split: bool = False,
 ) -> ForwardConfig | tuple[ForwardConfig, ScanConfig]:
     """The tuning for [key_size, value_size] states of `heads` sequences (batch x query heads): of one pass, or of two.
 
     chunks: of 64 tokens, of one sequence.
     wide_gate: whether the gates are float32, and a tile of them takes two.
     two_passes: whether one pass will not do.
+    may_split: whether one pass may cut sequences in parts (forward.py says when it can).
     """
     blocks = 1 if key_size <= WIDTH else 2 if key_size <= 2 * WIDTH else 4
     pairs = heads * -(-value_size // (2 * WIDTH))
     many = value_size > WIDTH and pairs >= _FULL
-    one_pass = heads * -(-value_size // WIDTH) >= _FEW if blocks == 1 else blocks == 2 and many
-    one_pass = one_pass and not two_passes
+    single = heads * -(-value_size // WIDTH) if blocks == 1 else pairs
+    splits = _splits(single, chunks) if may_split and (blocks == 1 or WIDTH < value_size <= 2 * WIDTH) else 1
+    fills = single * splits >= _MOST
+    if two_passes or blocks == 4:
+        one_pass = False
+    elif blocks == 1:
+        one_pass = fills or single >= _FEW
+    else:
+        one_pass = many or (splits > 1 and fills)
     gate = (_NARROW if blocks == 1 else _WIDE) if one_pass else _GATE[blocks]
+    if one_pass and splits > 1:
+        gate = dataclasses.replace(gate, splits=splits)
     if wide_gate:
         # Twice the memory a tile: half as many, but all tiles of a chunk when gaters share it.
         halved = {"qk_slots": gate.qk_slots // 2} if blocks == 4 else {"g_slots": gate.g_slots // 2}
@@ -165,3 +179,9 @@ def choose_forward(
     # A split costs the states between the parts: half as much again.
     splits = max(1, min(_BLOCKS // scans, chunks // 8)) if scans <= _FEW else 1
     return gate, ScanConfig(blocks, groups, gate.block_gaters, 2 if blocks == 4 else 3, splits)
+
+
+def _splits(blocks: int, chunks: int) -> int:
+    """The most equal parts of 8 chunks or more that `blocks` blocks a part leave multiprocessors for."""
+    most = max(1, min(_BLOCKS // blocks, chunks // 8))
+    return next(n for n in range(most, 0, -1) if chunks % n == 0)

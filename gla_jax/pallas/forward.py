@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.array_types import Array, Gate, Key, Query, State, Value
-from gla_jax.pallas import gate_kernel, scan_kernel
+from gla_jax.pallas import backward_states, gate_kernel, scan_kernel
+from gla_jax.pallas.backward_config import VALUE_BLOCKS, choose_backward
 from gla_jax.pallas.config import WIDTH, ForwardConfig, ScanConfig, choose_forward
 from gla_jax.pallas.forward_kernel import forward_kernel, scratch
 from gla_jax.pallas.gating import CHUNK, FLOOR
@@ -53,13 +54,16 @@ def saves_states(
     kv_heads, value_size = v.shape[2:]
     if q.dtype != jnp.bfloat16 or (g is not None and g.dtype != q.dtype) or not WIDTH < value_size <= 2 * WIDTH:
         return False
-    config = choose_forward(key_size, value_size, batch * heads // devices, pl.cdiv(time, CHUNK), q.dtype)
-    if not isinstance(config, ForwardConfig):
+    some = [batch * heads // n for n in range(1, devices + 1) if devices % n == 0]
+    options = {"may_split": _may_split(time, g, q.dtype)}
+    choices = (choose_forward(key_size, value_size, n, pl.cdiv(time, CHUNK), q.dtype, **options) for n in some)
+    if not all(isinstance(config, ForwardConfig) for config in choices):
         return False
+    width = WIDTH if key_size <= WIDTH else 2 * WIDTH
     # Numbers a token.
     gates = 0 if g is None else kv_heads if g.ndim == 3 else kv_heads * key_size
     own = (heads + kv_heads) * (key_size + value_size) + gates
-    return 5 * kv_heads * config.key_blocks * WIDTH * 2 * WIDTH // CHUNK <= 2 * own
+    return 5 * kv_heads * width * 2 * WIDTH // CHUNK <= 2 * own
 
 
 def why_unsupported(
@@ -161,12 +165,14 @@ def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states
     chunks = pl.cdiv(time, CHUNK)
     if config is None:
         options = {"wide_gate": gate_parts == 2, "two_passes": callable(initial_state)}
+        options["may_split"] = _may_split(time, g, q.dtype)
         config = choose_forward(key_size, value_size, batch * heads, chunks, q.dtype, **options)
     one_pass = isinstance(config, ForwardConfig)
     scan = config if one_pass else config[1]
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
     widths = scan.key_blocks * WIDTH, -(-value_size // scan.value_width) * scan.value_width
+    given = g
     g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if gate_parts else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
@@ -182,6 +188,13 @@ def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states
     if output_states and not one_pass:
         raise ValueError("config must be of one pass where states are returned, got one of two")
     run = functools.partial(_one_pass, output_states=output_states) if one_pass else _two_passes
+    if one_pass and scan.splits > 1:
+        if padded_time % (scan.splits * CHUNK) or gate_parts == 2:
+            raise ValueError(
+                f"config.splits={scan.splits} takes times that are multiples of {scan.splits * CHUNK}, and no gates of "
+                f"float32 a channel; got {time} and gates of {gate_parts} parts"
+            )
+        initial_state = _entering_states(k, v, given, initial_state, scan.splits, interpret)
     options = {"config": config, "chunks": chunks, "gate_parts": gate_parts, "interpret": interpret}
     o, state, states = run(q, k, v, g, scale, initial_state, output_final_state, **options)
     return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size], states
@@ -207,9 +220,14 @@ def _one_pass(
 ):
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
-    out_type = [jax.ShapeDtypeStruct((batch, time, heads, value_size), v.dtype)]
+    if config.splits > 1:
+        cut = lambda x: x.reshape(batch * config.splits, -1, *x.shape[2:])
+        q, k, v = cut(q), cut(k), cut(v)
+        g = cut(g) if gate_parts else jnp.moveaxis(cut(jnp.moveaxis(g, 1, 2)), 1, 2)
+    parts, of_part = q.shape[:2]
+    out_type = [jax.ShapeDtypeStruct((parts, of_part, heads, value_size), v.dtype)]
     if output_final_state:
-        out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, key_size, value_size), jnp.float32))
+        out_type.append(jax.ShapeDtypeStruct((parts, kv_heads, key_size, value_size), jnp.float32))
     if output_states:
         tiles = key_size * value_size // WIDTH, WIDTH
         out_type.append(jax.ShapeDtypeStruct((batch, kv_heads, chunks, *tiles), q.dtype))
@@ -219,10 +237,10 @@ def _one_pass(
         config.threads,
         scratch(config, q.dtype, gate_parts),
         out_type,
-        {"batch": batch, "head": heads, "part": value_size // config.value_width},
+        {"batch": parts, "head": heads, "part": value_size // config.value_width},
         config,
         interpret,
-        chunks=chunks,
+        chunks=chunks // config.splits,
         group=heads // kv_heads,
         scale=scale,
         has_initial=initial_state is not None,
@@ -231,7 +249,41 @@ def _one_pass(
         gate_parts=gate_parts,
     )
     o, *found = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))
-    return o, found.pop(0) if output_final_state else None, States(*found) if output_states else None
+    final = found.pop(0)[config.splits - 1 :: config.splits] if output_final_state else None
+    return o.reshape(batch, time, heads, value_size), final, States(*found) if output_states else None
+
+
+def _may_split(time, g, dtype):
+    """Whether one pass can cut a sequence: in whole chunks, and with gates that the walk ahead reads as they are.
+
+    Those of a token it reads rounded, as the backward does: a decay exp(-G) between two parts is off by G exp(-G) 2^-9.
+    """
+    return time % CHUNK == 0 and (g is None or g.ndim == 3 or g.dtype == dtype)
+
+
+def _entering_states(k, v, g, initial_state, splits, interpret):
+    """The states [b * splits, hk, k, v] that enter each part of a sequence, from what all but the last add to them.
+
+    k and v are padded, g as given to `forward`.
+    """
+    batch, time, kv_heads, key_size = k.shape
+    value_size = v.shape[-1]
+    config = choose_backward(key_size, value_size, k.dtype)
+    width = -(-value_size // (VALUE_BLOCKS * WIDTH)) * VALUE_BLOCKS * WIDTH
+    v = _pad(v, time, width)
+    g = jnp.zeros((batch, time, kv_heads, 1), k.dtype) if g is None else g if g.ndim == 4 else g[..., None]
+    g = g.astype(k.dtype)
+    g = _pad(g, time, key_size) if g.shape[-1] > 1 else jnp.broadcast_to(g, k.shape)
+    # Each part is walked in several, where there is room for them, and what they add is added up.
+    blocks = batch * kv_heads * (splits - 1) * (width // (VALUE_BLOCKS * WIDTH))
+    several = next(n for n in (8, 4, 2, 1) if n == 1 or (n * blocks <= 132 and time // CHUNK % (n * splits) == 0))
+    kind = backward_states.Walk(kv_heads, totals=True, of=splits * several, first=(splits - 1) * several)
+    cut = lambda x: x.reshape(batch * splits * several, -1, *x.shape[2:])
+    walked = backward_states.walk(config, interpret, (kind, cut(k), cut(v), cut(g), None))
+    initial = None if initial_state is None else _pad(initial_state, key_size, width, axes=(2, 3))
+    before, after = backward_states.through_parts(initial, walked, (splits - 1) * several)
+    states = jnp.concatenate([before[:, ::several], after[:, None]], 1)
+    return states.reshape(batch * splits, kv_heads, key_size, width)[..., :value_size]
 
 
 def _two_passes(q, k, v, g, scale, initial_state, output_final_state, *, config, chunks, gate_parts, interpret):

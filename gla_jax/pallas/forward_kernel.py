@@ -70,7 +70,8 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     """The body; refs are q, k, v, g, [initial state], o, [final state], [states, mild], then the scratch.
 
     g is [b, t, hk, gate_parts, k], whose parts sum up to the gate; or for gate_parts = 0 [b, hk, t], a gate a token in
-    float32, already summed up inside each chunk.
+    float32, already summed up inside each chunk. Where sequences are cut in config.splits, each part is one of the
+    batch, but states and mild are of whole ones.
     """
     q, k, v, g, *refs, s = refs
     refs = iter(refs)
@@ -83,6 +84,10 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     kv_head = lax.div(head, jnp.int32(group))
     v_start = part * config.value_width
     first_gater = config.matmul_groups
+    sequence, split = batch, 0
+    if config.splits > 1:
+        sequence, split = (f(batch, jnp.int32(config.splits)) for f in (lax.div, lax.rem))
+    of_sequence = lambda n: split * chunks + n
     # Of the query heads of a group the first leaves the state that they share.
     first_of_group = True if group == 1 else lax.rem(head, jnp.int32(group)) == 0
 
@@ -100,7 +105,7 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
             interpret,
             initial=None if initial is None else initial.at[batch, kv_head, :, columns],
             final=None if final is None else final.at[batch, kv_head, :, columns],
-            saved=None if states is None else lambda n, i: states.at[batch, kv_head, n, place(i)],
+            saved=None if states is None else lambda n, i: states.at[sequence, kv_head, of_sequence(n), place(i)],
             o=o.at[batch, :, head, columns],
             writes_states=first_of_group,
         )
@@ -113,7 +118,7 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
         def note(n, block, is_mild, mild: Any = mild):
             @pl.when(first_of_group & (part == 0))
             def _write():
-                mild[batch, kv_head, n, block] = jnp.where(is_mild, 1, 0).astype(jnp.int32)
+                mild[sequence, kv_head, of_sequence(n), block] = jnp.where(is_mild, 1, 0).astype(jnp.int32)
 
         gate_chunks(s, gater, config, chunks, gate_parts == 0, interpret, note=None if mild is None else note)
 

@@ -225,6 +225,8 @@ def _work(instruction: str, kernel: str, sources: dict[str, str]) -> tuple[str, 
     part = next((name for name in SCOPES if f"/{name}/" in source or f"({name})/" in source), "all parts")
     if re.search("nvjet|gemm|cutlass|xmma|splitK|dot", f"{kernel} {instruction}"):
         return part, "matrix products"
+    if "rms_norm" in kernel:
+        return part, "norms' gradients"
     if "mosaic" in kernel:
         which = "backward" if "transpose(" in source else "forward"
         return "op", which if source else "forward and backward"

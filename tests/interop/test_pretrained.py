@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gla_jax.files import Tensor, open_checkpoint
+from gla_jax.files import Tensor, open_checkpoint, save_checkpoint
 from gla_jax.interop import CheckpointError, load_pretrained, save_pretrained
 from gla_jax.interop.configs import from_json, to_json
-from gla_jax.interop.pretrained import _with_split_mlp
+from gla_jax.interop.pretrained import _with_split_mlp, convert
 from gla_jax.nn import (
     CausalLMConfig,
     GatedLinearAttentionConfig,
@@ -24,10 +24,11 @@ from gla_jax.nn import (
     SoftmaxAttentionConfig,
 )
 from tests.nn.family import MIXERS
-from tests.nn.options import build, forward
+from tests.nn.options import build, forward, with_small_weights
 
 DATA = Path(__file__).parent.parent / "data" / "family"
 MODELS = sorted(folder.name for folder in DATA.iterdir() if (folder / "config.json").exists())
+BFLOAT16 = [name for name in MODELS if (DATA / name / "bfloat16.npz").exists()]
 FUSED = ("gla", "gla_conv", "retnet")
 # Their code on a CPU in float32, from tools/make_family_fixtures.py.
 TOLERANCE = 1e-4
@@ -48,6 +49,7 @@ def rms_ratio(x, reference) -> float:
 
 
 def test_there_is_a_checkpoint_of_every_kind():
+    assert len(BFLOAT16) == 7
     kinds = {json.loads((DATA / name / "config.json").read_text())["model_type"] for name in MODELS}
     assert kinds == {"gla", "retnet", "hgrn2", "linear_attn", "rwkv6", "mamba", "mamba2", "llama", "mistral"}
 
@@ -69,6 +71,19 @@ def test_logits_in_half_precision_are_theirs_but_for_rounding(name):
     # Three bits less, by token: one of linear_attn has an output near 0 in a head, whose rounding the norm makes whole.
     error = {t: np.sqrt(np.mean((x - want["logits"]) ** 2, axis=-1)) for t, x in logits.items()}
     assert np.median(error["bfloat16"] / error["float16"]) < 1.5 * 8
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_logits_in_bfloat16_are_theirs_by_their_naive_ops(name):
+    # Of two blocks; from tools/parity_naive.py, as the bits of bfloat16.
+    bits = np.load(DATA / name / "bfloat16.npz")["logits"]
+    theirs = (bits.astype(np.uint32) << 16).view(np.float32)
+    tokens = jnp.asarray(expected(name)["tokens"], jnp.int32)
+    half, full = (
+        forward(with_small_weights(load_pretrained(DATA / name, dtype=t)), tokens) for t in ("bfloat16", "float32")
+    )
+    assert rms_ratio(half, theirs) < 1e-2
+    assert rms_ratio(half, full) < 1.02 * rms_ratio(theirs, full)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -98,8 +113,6 @@ def test_options_of_ours_are_kept():
 
 
 def test_the_old_layout_of_the_mlp_and_the_old_name_of_epsilon(tmp_path):
-    from gla_jax.files import save_checkpoint
-
     arrays = {name: np.asarray(tensor.read()) for name, tensor in open_checkpoint(DATA / "gla").items()}
     for layer in range(2):
         gate, up = (f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up"))
@@ -215,6 +228,34 @@ def test_what_is_missing_too_much_and_of_another_shape_is_listed(copy):
     change(copy, num_hidden_layers=2, vocab_size=10**12)  # so large that to allocate it first would be felt
     with pytest.raises(CheckpointError, match=r"of another shape: model.embeddings.weight \[48, 32\], not \[10{12}"):
         load_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: (x * 0).astype(np.int8), r"; no floats: model.norm.weight int8$"),
+        (lambda x: x * np.array(np.nan, x.dtype), r": model.norm.weight has numbers that are not finite$"),
+    ],
+)
+def test_arrays_that_hold_no_weights_are_refused(copy, change, says):
+    arrays = {name: tensor.read() for name, tensor in open_checkpoint(copy).items()}
+    save_checkpoint(copy, arrays | {"model.norm.weight": change(arrays["model.norm.weight"])})
+    with pytest.raises(CheckpointError, match=says):
+        load_pretrained(copy)
+
+
+def test_a_checkpoint_is_not_converted_in_its_place(copy):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(CheckpointError, match=r"^target: must be another folder than the source, got "):
+        convert(copy, copy / ".." / copy.name)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_a_folder_that_is_none(copy):
+    (copy / "config.json").unlink()
+    for path in (copy, copy / "model.safetensors", copy / "no"):
+        with pytest.raises(CheckpointError, match=r"config.json: no such file$"):
+            load_pretrained(path)
 
 
 def test_models_that_no_one_else_has_are_not_saved(tmp_path):

@@ -1,5 +1,6 @@
 """Streaming text: the pieces are the text, whole characters at a time, whatever the tokenizer joins."""
 
+import numpy as np
 import pytest
 
 from gla_jax.files import CheckpointError
@@ -70,6 +71,8 @@ def test_from_a_model():
     made = "".join(stream_text(model, Bytes(), "hello", 12))
     assert len(made.encode()) == 12
     assert made == "".join(stream_text(model, Bytes(), "hello", 12, temperature=0.0))
+    stops = np.array([ord(made[5])] * 2)
+    assert "".join(stream_text(model, Bytes(), "hello", 12, stop_tokens=stops)) == made[: made.index(made[5])]
     with pytest.raises(ValueError, match=r"^prompt: must have at least one token"):
         stream_text(model, Bytes(), "", 3)
     with pytest.raises(ValueError, match=r"^num_samples: must be 1 to stream text, got 2"):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from gla_jax.files import CheckpointError
 from gla_jax.nn import GLAConfig, GLAForCausalLM, generate, load_state, read_prompt, save_state, stream
-from gla_jax.nn.generate import _checked_start, _checked_stops, _compiled, _generate, checked_draw, likeliest, sample
+from gla_jax.nn.generate import _checked_start, _compiled, _generate, checked_draw, checked_stops, likeliest, sample
 from gla_jax.nn.prompt import check_state
 
 from .family import CONFIGS
@@ -45,7 +45,8 @@ def test_pieces_of_a_prompt_make_no_difference(model, prefill_chunk):
 @pytest.mark.parametrize("prefill_chunk", [4, 100])
 def test_left_padding_never_enters(model, prefill_chunk):
     prompt, lengths = tokens(4, 11), [3, 11, 1, 6]
-    made = generate(model, prompt, 5, prompt_lengths=lengths, prefill_chunk=prefill_chunk)
+    padded = jnp.where(jnp.arange(11) < 11 - jnp.array(lengths)[:, None], -1, prompt)
+    made = generate(model, padded, 5, prompt_lengths=lengths, prefill_chunk=prefill_chunk)
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(made[row], greedily(model, prompt[row : row + 1, -length:], 5)[0])
 
@@ -207,6 +208,9 @@ def test_2000_tokens_after_1000_are_the_full_forward_s_argmax():
         ({"prompt": jnp.zeros((3,), jnp.int32)}, "prompt: must be integers [b, t], b and t >= 1, got int32 [3]"),
         ({"prompt": jnp.zeros((1, 3))}, "prompt: must be integers [b, t], b and t >= 1, got float32 [1, 3]"),
         ({"prompt": jnp.zeros((1, 0), jnp.int32)}, "prompt: must be"),
+        ({"prompt": jnp.array([[1, 37]])}, "prompt: tokens must be from 0 to 36, got 1 to 37"),
+        ({"prompt": np.array([[1, 2**40]])}, "prompt: tokens must be from 0 to 36, got 1 to 1099511627776"),
+        ({"prompt": jnp.array([[-1, 3]]), "prompt_lengths": [2]}, "prompt: tokens must be from 0 to 36, got -1 to 3"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
         ({"prefill_chunk": 0}, "prefill_chunk: must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature: must be 0 (the likeliest token) or positive, got -1.0"),
@@ -243,6 +247,11 @@ def test_bad_arguments_are_named(model, function, arguments, says):
         (lambda: checked_draw(None, 1.0, 1.5, None), "key: a temperature above 0 needs"),
         (lambda: checked_draw(0, 1.0, 1.5, None), "top_k: must be at least 1 or None, got 1.5"),
         (lambda: checked_draw(0, 1.0, None, None), "key: must be a jax.random.key, got 0"),
+        (lambda: checked_draw(jnp.int32(0), 1.0, None, None), "key: must be a jax.random.key, got int32 []"),
+        (
+            lambda: checked_draw(jax.random.split(jax.random.key(0)), 1.0, None, None),
+            "key: must be a jax.random.key, got key<",
+        ),
         (
             lambda: _checked_start(None, [[1, 2], [3]], None, 1, 1, 8),
             "prompt: must be an array of integers [b, t], got",
@@ -257,9 +266,9 @@ def test_bad_arguments_are_named(model, function, arguments, says):
         ),
         (lambda: check_state("state", None, 3), "state: must be a PromptState, got int"),
         (lambda: checked_draw(0, 1.0, None, "0.9"), "top_p: must be above 0 and at most 1, or None, got '0.9'"),
-        (lambda: _checked_stops(7), "stop_tokens: must be a sequence of integers, got 7"),
-        (lambda: _checked_stops(("a",)), "stop_tokens: must be a sequence of integers, got ('a',)"),
-        (lambda: _checked_stops([0.5]), "stop_tokens: must be a sequence of integers, got [0.5]"),
+        (lambda: checked_stops(7), "stop_tokens: must be a sequence of integers, got 7"),
+        (lambda: checked_stops(("a",)), "stop_tokens: must be a sequence of integers, got ('a',)"),
+        (lambda: checked_stops([0.5]), "stop_tokens: must be a sequence of integers, got [0.5]"),
     ],
 )
 def test_wrong_types_are_named(call, says):

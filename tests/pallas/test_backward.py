@@ -188,6 +188,16 @@ def test_states_from_the_forward(blocks, kind):
     check(functools.partial(with_states, call, TUNING[blocks], 2 // blocks), kind, *SAVED[blocks])
 
 
+@pytest.mark.parametrize(
+    ("blocks", "shape"),
+    [(1, (1, 128, 1, 1, 64, 128)), pytest.param(2, (2, 384, 2, 1, 128, 128), marks=pytest.mark.exhaustive)],
+)
+def test_states_from_a_forward_in_parts(blocks, shape):
+    call = lambda f: functools.partial(small.interpreted, f)
+    tuning = dataclasses.replace(TUNING[blocks], splits=shape[1] // 64)
+    check(functools.partial(with_states, call, tuning, 1), "mild", *shape)
+
+
 @pytest.mark.parametrize("gate", ["a token", pytest.param("none", marks=pytest.mark.exhaustive)])
 def test_states_from_the_forward_of_a_gate_a_token(gate):
     q, k, v, g, state = arguments("late", 1, 140, 1, 64, 128)
@@ -224,7 +234,9 @@ def test_which_states_are_saved():
     assert not saves(16, 128, 256)
     assert not saves(16, 64, 64)
     assert not saves(2, 128, 128)
-    assert not saves(16, 128, 128, devices=2)
+    # On each of two devices the forward goes in one pass over halves of the sequences, on each of three in two.
+    assert saves(16, 128, 128, devices=2)
+    assert not saves(16, 128, 128, devices=3)
 
 
 @pytest.mark.exhaustive
@@ -356,6 +368,16 @@ def test_states_from_the_forward_on_the_gpu(kind, blocks):
     static = ("scale", "config", "output_final_state")
     call = lambda f: jax.jit(f, static_argnames=[x for x in inspect.signature(f).parameters if x in static])
     check(functools.partial(with_states, call, TUNING[blocks], 2 // blocks), kind, *SAVED[blocks])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", SAVED)
+@pytest.mark.parametrize("kind", GATES)
+def test_states_from_a_forward_in_parts_on_the_gpu(kind, blocks):
+    static = ("scale", "config", "output_final_state")
+    call = lambda f: jax.jit(f, static_argnames=[x for x in inspect.signature(f).parameters if x in static])
+    tuning = dataclasses.replace(TUNING[blocks], splits=3)
+    check(functools.partial(with_states, call, tuning, 2), kind, 2, 1152, 2, 1, 64 * blocks, 128)
 
 
 @pytest.mark.gpu

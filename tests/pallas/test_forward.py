@@ -70,6 +70,28 @@ def test_split_sequences():
     check(interpreted, "late", 1, 1050, 2, 1, 64, 64)
 
 
+@pytest.mark.parametrize(("gate", "batch"), [("channel", 2), ("token", 1), ("none", 1)])
+@pytest.mark.parametrize("kind", ["mild", pytest.param("mixed", marks=pytest.mark.exhaustive)])
+def test_one_pass_over_the_parts_of_sequences(kind, gate, batch):
+    """In parts of a chunk; what all but the last leave is walked ahead."""
+    q, k, v, g, state = arguments(kind, batch, 128, 1, 64, 64)
+    g = {"channel": g, "token": g[..., 0].astype("float32"), "none": None}[gate]
+    config = dataclasses.replace(choose_forward(64, 64, 64, 2, q.dtype), splits=2)
+    o, final = interpreted(q, k, v, g, 0.5, state, True, config=config)
+    want = recurrence(q, k, v, g, 0.5, state)
+    assert relative(o, want[0]) < STRONG_TOLERANCE["bfloat16"]
+    assert relative(final, want[1]) < STRONG_TOLERANCE["bfloat16"]
+
+
+def test_parts_that_cannot_be_are_refused():
+    config = dataclasses.replace(choose_forward(64, 64, 64, 3, jnp.dtype("bfloat16")), splits=2)
+    q, _, v, g, _ = arguments("mild", 1, 192, 1, 64, 64)
+    with pytest.raises(ValueError, match=r"config\.splits=2 takes times that are multiples of 128"):
+        forward(q, q, v, g, 1.0, config=config)
+    with pytest.raises(ValueError, match="no gates of float32 a channel"):
+        forward(q[:, :128], q[:, :128], v[:, :128], g[:, :128].astype("float32"), 1.0, config=config)
+
+
 @pytest.mark.parametrize("splits", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_an_initial_state_made_of_what_the_tokens_do(splits):
     b, t, h, hk, k, v = (1, 20, 1, 1, 40, 24) if splits == 1 else (2, 200, 2, 1, 64, 64)
@@ -189,6 +211,16 @@ def test_config_is_checked():
     assert choose(256, 512, 32)[1].splits == 1
     assert choose(256, 512, 4, 256)[1].splits == 8
     assert choose(256, 512, 1, 7)[1].splits == 1
+    split = lambda *shape: choose_forward(*shape, jnp.dtype("bfloat16"), may_split=True)
+    assert [split(64, 128, 32, 128).splits, split(128, 128, 32, 128).splits, split(64, 128, 4, 256).splits] == [
+        2,
+        4,
+        16,
+    ]
+    assert split(64, 128, 32, 127).splits == 1
+    assert isinstance(split(128, 128, 32, 127), tuple)
+    assert isinstance(split(128, 256, 32, 128), tuple)
+    assert split(128, 128, 128, 128).splits == 1
 
 
 @pytest.mark.gpu
@@ -203,7 +235,18 @@ def test_float32_gates_on_the_gpu(kind, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "shape", [*SMALL, WIDE, (2, 1000, 4, 2, 64, 128), (2, 200, 60, 60, 128, 128), (2, 300, 2, 1, 256, 512)], ids=str
+    "shape",
+    [
+        *SMALL,
+        WIDE,
+        (2, 1000, 4, 2, 64, 128),
+        (2, 200, 60, 60, 128, 128),
+        (2, 300, 2, 1, 256, 512),
+        # In parts.
+        (1, 8192, 8, 4, 64, 128),
+        (1, 8192, 8, 8, 128, 128),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", GATES)
 def test_on_the_gpu(kind, shape, dtype):
