@@ -26,12 +26,12 @@ from gla_jax.train.step import make_program
 LAST, BOUND = 20, 0.005
 
 
-def losses(config: TrainConfig) -> list[float]:
+def losses(config: TrainConfig, steps: int) -> list[float]:
     program = make_program(config, make_mesh(config))
     corpus = load_corpus()
     batches = training_batches([Source(corpus.train)], batch=config.batch, length=config.length, seed=config.seed)
     state, found = program.initialize(), []
-    for _ in range(config.steps):
+    for _ in range(steps):
         state, metrics = program.train(state, program.place(next(batches)))
         found.append(metrics["loss"])
     return [float(loss) for loss in found]
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--of", type=int, help="steps of the whole run, of whose schedule these are the first")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--runs", nargs="+", metavar="NAME")
@@ -64,14 +65,14 @@ def main() -> None:
         # The paper's optimizer and its rate; a warm-up of a tenth.
         config = TrainConfig(
             model=model.replace(dtype=dtype, implementation=implementation, layer_unroll=1),
-            steps=arguments.steps,
+            steps=arguments.of or arguments.steps,
             batch=arguments.batch,
             length=arguments.length,
             mesh=MeshConfig(data=1),
             optimizer="adamw",
         )
         with jax.default_matmul_precision(precision):
-            curves[name] = losses(dataclasses.replace(config, learning_rate=3e-4, warmup=0.1))
+            curves[name] = losses(dataclasses.replace(config, learning_rate=3e-4, warmup=0.1), arguments.steps)
         print(
             name,
             implementation,
@@ -85,6 +86,7 @@ def main() -> None:
     record = {
         **begin("loss curves", ["python", "-m", "benchmarks.loss_curves", *sys.argv[1:]]),
         "batch": arguments.batch,
+        "of": arguments.of or arguments.steps,
         "length": arguments.length,
         "runs": {
             name: {"dtype": dtype, "implementation": how, "precision": precision}
