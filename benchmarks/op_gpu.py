@@ -1,12 +1,13 @@
 """Checks and times the Mosaic GPU forward on one Hopper GPU, beside the machine's ceilings and cuDNN's attention.
 
-    python benchmarks/op_gpu.py                               # every group, about three minutes
-    python benchmarks/op_gpu.py check bars --out benchmarks/results/op-gpu-h100.json
-    python benchmarks/op_gpu.py tune --lower                  # no GPU: only lowers each kernel for an H100
+    python -m benchmarks.op_gpu                               # every group, about three minutes
+    python -m benchmarks.op_gpu check bars --out benchmarks/results/op-gpu-h100.json
+    python -m benchmarks.op_gpu tune --lower                  # no GPU: only lowers each kernel for an H100
 
-Each group runs in a process of its own with a time limit, so that a kernel that hangs or faults costs its group alone.
-Milliseconds are medians of 7 repeats of 30 calls each, launches included; "of kernels" is the median of 11 calls'
-kernels by CUPTI, without what lies between them. Bytes are one pass over q, k, g, v and o.
+Each group, and of bars and gates each shape, runs in a process of its own with a time limit, so that a kernel that
+hangs or faults costs its own alone. Milliseconds are medians of 7 repeats of 30 calls each, launches included; "of
+kernels" is the median of 11 calls' kernels by CUPTI, without what lies between them, and what gates' ratios are of.
+Bytes are one pass over q, k, g, v and o.
 """
 
 import argparse
@@ -19,12 +20,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from benchmarks.processes import alone, compiling
 from gla_jax.pallas import forward
 from gla_jax.pallas.config import choose_forward
 from gla_jax.records import begin
@@ -77,7 +80,6 @@ def inputs(shape, kind="mild"):
 
 
 def milliseconds(f, *args, calls=30, repeats=7):
-    f = jax.jit(f)
     out = jax.block_until_ready(f(*args))
     times = []
     for _ in range(repeats):
@@ -100,18 +102,34 @@ def call_with_states():
     return jax.jit(lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True))
 
 
-def timed(shape, kind="mild", config=None, lower=False):
-    from jax.experimental.mosaic.gpu import profiler
-
-    b, t, h, k, v = shape
-    f = call(k, config)
+def ready(shape, kinds=("mild",), config=None, lower=False):
+    """The compiled call and its arguments for each kind of gates."""
+    f = call(shape[3], config)
     if lower:
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
-            jax.jit(f).trace(*jax.eval_shape(lambda: inputs(shape, kind))).lower(lowering_platforms=("cuda",))
+            for kind in kinds:
+                jax.jit(f).trace(*jax.eval_shape(lambda kind=kind: inputs(shape, kind))).lower(
+                    lowering_platforms=("cuda",)
+                )
+        return {}
+    with compiling():
+        arguments = {kind: jax.block_until_ready(inputs(shape, kind)) for kind in kinds}
+        programs = {args[3].ndim: args for args in arguments.values()}
+        programs = {ndim: f.lower(*args).compile() for ndim, args in programs.items()}
+    return {kind: (programs[args[3].ndim], args) for kind, args in arguments.items()}
+
+
+def timed(shape, kind="mild", config=None, lower=False, prepared=None):
+    from jax.experimental.mosaic.gpu import profiler
+
+    prepared = prepared or ready(shape, (kind,), config, lower)
+    if lower:
         return {"lowered": True}
-    args = inputs(shape, kind)
-    ms = milliseconds(f, *args)
-    _, of_kernels = profiler.measure(f, iterations=11)(*args)
+    b, t, h, k, v = shape
+    f, args = prepared[kind]
+    with alone():
+        ms = milliseconds(f, *args)
+        _, of_kernels = profiler.measure(f, iterations=11)(*args)
     if of_kernels is None:
         raise RuntimeError("the profiler saw no kernel")
     flop = b * h * t * (4 * k * v + 2 * 64 * v + 4 * 64 * k)
@@ -142,13 +160,13 @@ def run_ceilings(lower):
     if lower:
         return
     x = jnp.ones((2**28,), jnp.bfloat16)
-    yield "copy", {"TB/s": 4 * x.size / milliseconds(lambda x: x + 1, x, calls=10) / 1e9}
+    yield "copy", {"TB/s": 4 * x.size / milliseconds(jax.jit(lambda x: x + 1), x, calls=10) / 1e9}
     a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    yield "matmul", {"TFLOP/s": 2 * 8192**3 / milliseconds(lambda a: a @ a, a, calls=10) / 1e9}
+    yield "matmul", {"TFLOP/s": 2 * 8192**3 / milliseconds(jax.jit(lambda a: a @ a), a, calls=10) / 1e9}
     for b, t in ((32, 1024), (8, 2048), (2, 8192), (1, 16384)):
-        q = jax.random.normal(jax.random.key(0), (b, t, 16, 128), jnp.bfloat16)
-        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-        yield f"cuDNN attention {(b, t, 16, 128)}", {"ms": milliseconds(attend, q, q, q)}
+        qkv = jax.random.normal(jax.random.key(0), (3, b, t, 16, 128), jnp.bfloat16)
+        attend = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"))
+        yield f"cuDNN attention {(b, t, 16, 128)}", {"ms": milliseconds(attend, *qkv)}
 
 
 def run_check(lower):
@@ -174,17 +192,18 @@ def run_bits(lower):
             yield f"{k}x{v} {kind}", {"runs of 100 with the same bits": same}
 
 
-def run_bars(lower):
-    for shape, bar in BARS.items():
-        yield str(shape), timed(shape, lower=lower) | {"to reach": bar}
+def run_bars(lower, shapes=tuple(BARS)):
+    for shape in shapes:
+        yield str(shape), timed(shape, lower=lower) | {"to reach": BARS[shape]}
 
 
-def run_gates(lower):
-    for shape in list(BARS)[3:]:
-        mild = timed(shape, lower=lower)
+def run_gates(lower, shapes=tuple(BARS)):
+    for shape in shapes:
+        prepared = ready(shape, ("mild", *GATES), lower=lower)
+        mild = timed(shape, lower=lower, prepared=prepared)
         for kind, most in GATES.items():
-            result = timed(shape, kind, lower=lower)
-            ratio = {} if lower else {"ratio": result["ms"] / mild["ms"]}
+            result = timed(shape, kind, lower=lower, prepared=prepared)
+            ratio = {} if lower else {"ratio": result["of kernels"] / mild["of kernels"]}
             yield f"{shape} {kind}", result | ratio | {"at most": most}
 
 
@@ -213,8 +232,8 @@ def run_tune(lower):
                 yield f"{shape} {config}", {"refused": str(error)}
 
 
-def run_group(group, lower):
-    for name, result in globals()[f"run_{group}"](lower):
+def run_group(group, lower, *shapes):
+    for name, result in globals()[f"run_{group}"](lower, *shapes):
         print(json.dumps({"group": group, "name": name} | result), flush=True)
 
 
@@ -229,24 +248,28 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the results")
     parser.add_argument("--lower", action="store_true", help="only lower each kernel for an H100")
     parser.add_argument("--here", action="store_true", help="run in this process, without a time limit")
+    parser.add_argument("--shape", type=int, help="the number of the one shape that bars or gates take")
     options = parser.parse_args()
     if options.here:
         for group in options.groups:
-            run_group(group, options.lower)
+            run_group(group, options.lower, *([[list(BARS)[options.shape]]] if options.shape is not None else []))
         return
     # The groups' processes need the memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    words = ["python", "benchmarks/op_gpu.py", *sys.argv[1:]]
+    words = ["python", "-m", "benchmarks.op_gpu", *sys.argv[1:]]
     lines, record = [], begin("op_gpu", words, packages=(), device="lowered only" if options.lower else None)
 
-    def add(line):
-        lines.append(line)
-        show(line)
-        if options.out:
-            options.out.write_text(json.dumps(record | {"results": lines}, indent=1) + "\n")
+    writing = threading.Lock()
 
-    for group in options.groups or GROUPS:
-        command = [sys.executable, __file__, group, "--here"] + ["--lower"] * options.lower
+    def add(line):
+        with writing:
+            lines.append(line)
+            show(line)
+            if options.out:
+                options.out.write_text(json.dumps(record | {"results": lines}, indent=1) + "\n")
+
+    def run(group, *more):
+        command = [sys.executable, "-m", "benchmarks.op_gpu", group, "--here", *more] + ["--lower"] * options.lower
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             limit = threading.Timer(LIMIT_S, process.kill)
             limit.start()
@@ -255,6 +278,12 @@ def main():
             limit.cancel()
         if process.returncode:
             add({"group": group, "name": "FAILED or hung", "exit status": process.returncode})
+
+    for group in options.groups or GROUPS:
+        # A process each shape: they compile beside each other and time one at a time.
+        shapes = {"bars": range(len(BARS)), "gates": range(len(BARS))}.get(group)
+        with ThreadPoolExecutor(len(BARS)) as pool:
+            list(pool.map(lambda i, group=group: run(group, "--shape", str(i)), shapes) if shapes else [run(group)])
 
 
 if __name__ == "__main__":
