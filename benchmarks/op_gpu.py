@@ -261,9 +261,14 @@ def main():
 
     writing = threading.Lock()
 
+    def place(line):
+        shapes = [i for i, shape in enumerate(BARS) if line["name"].startswith(str(shape))]
+        return GROUPS.index(line["group"]), *shapes
+
     def add(line):
         with writing:
             lines.append(line)
+            lines.sort(key=place)
             show(line)
             if options.out:
                 options.out.write_text(json.dumps(record | {"results": lines}, indent=1) + "\n")

@@ -33,18 +33,21 @@ def shell(words: Sequence[str]) -> str:
 def commit(root: pathlib.Path = ROOT) -> str | None:
     """The short commit of the checkout `root`, with "+" if what git tracks has changed, records apart.
 
-    GLA_JAX_COMMIT is taken for it in a copy that came without git's folder; None where there is neither.
+    GLA_JAX_COMMIT goes before it: a copy that another machine runs may have lost git's folder, or have an older one.
+    None where there is neither.
     """
+    if told := os.environ.get("GLA_JAX_COMMIT"):
+        return told
     git = ["git", "-C", str(root)]
     try:
         said = subprocess.run([*git, "rev-parse", "--show-toplevel", "--short", "HEAD"], capture_output=True, text=True)
         top, _, name = said.stdout.strip().partition("\n")
         if said.returncode or pathlib.Path(top).resolve() != root:  # a package may lie in another project's checkout
-            return os.environ.get("GLA_JAX_COMMIT")
+            return None
         what = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
         changed = subprocess.run([*git, *what], capture_output=True, text=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or one that may not read here
-        return os.environ.get("GLA_JAX_COMMIT")
+        return None
     return name + ("+" if changed else "")
 
 

@@ -130,4 +130,12 @@ def _kernel(x, dy, beside, scale, *outputs, each, step, eps, gated):
 
     zeros = plgpu.layout_cast(jnp.zeros((heads, width), jnp.float32), layout.reduce(0))
     total, _ = lax.fori_loop(jnp.int32(0), jnp.int32(each // step), tile, (zeros, read(jnp.int32(0))))
-    outputs[-1][batch, block] = total
+    _store_wide(outputs[-1].at[batch, block], total)
+
+
+def _store_wide(ref, total):
+    """Stores 32 bytes of a thread at once, which jax 0.12 refuses unless told so; 0.11 cannot be told, and does not."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, total, optimized=False)
+    else:
+        ref[...] = total
