@@ -11,7 +11,7 @@ import numpy as np
 from gla_jax import checks, exclusive, pallas, segments
 from gla_jax.array_types import Array, Bonus, Gate, Ids, Int, Key, Query, State, Value
 from gla_jax.chunked import chunked, plan
-from gla_jax.mesh import cut_along, mixes_axes, runs_on_one_device, shard_by_arguments, vary_alike
+from gla_jax.mesh import cut_along, devices_of, mixes_axes, runs_on_one_device, shard_by_arguments, vary_alike
 from gla_jax.reference import recurrence
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
@@ -196,8 +196,7 @@ def _kernel_forward(scale, output_final_state, q, k, v, g, state):
 def _kernel_forward_fwd(scale, output_final_state, *arguments):
     q, k, v, g, state = arguments
     # On Auto axes a device may have as little as this share of batch and heads.
-    devices = 1 if runs_on_one_device(q) else max(1, jax.typeof(q).sharding.mesh.size)
-    save = pallas.saves_states(q, k, v, g, devices)
+    save = pallas.saves_states(q, k, v, g, devices_of(q))
     found = _forward_kernels(q, k, v, g, scale, state, output_final_state, save)
     o, state, saved = vary_alike((found, q))[0]
     return (o, state), (arguments, saved)

@@ -30,6 +30,13 @@ def mixes_axes(q) -> bool:
     return any(size > 1 for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if kind != AxisType.Auto)
 
 
+def devices_of(x) -> int:
+    """How many devices at most share x: those of its mesh, or all, where the mesh is not known."""
+    if runs_on_one_device(x):
+        return 1
+    return jax.typeof(x).sharding.mesh.size or jax.device_count()
+
+
 def is_cut_explicitly(x) -> bool:
     """Whether x's mesh has Explicit axes of several devices, outside of shard_map."""
     mesh = jax.typeof(x).sharding.mesh

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from gla_jax.array_types import Array
-from gla_jax.mesh import cut_along, is_cut_explicitly, mixes_axes, runs_on_one_device, vary_alike
+from gla_jax.mesh import cut_along, devices_of, is_cut_explicitly, mixes_axes, runs_on_one_device, vary_alike
 from gla_jax.nn.mlp import gated
 from gla_jax.nn.sharding import parameter
 from gla_jax.pallas import norm as kernel
@@ -93,17 +93,17 @@ def _constant(init: Any, features: int, present: bool, param_dtype: Any, rngs: n
 def fork(norm: Any, x: Float[Array, "*rows d"]) -> tuple[Float[Array, "*rows d"], Float[Array, "*rows d"]]:
     """x and norm(x), where a residual stream goes on beside a layer.
 
-    The gradient of an `RMSNorm` is added there to that of the stream, and no statistics are kept.
+    Where there is a kernel for it, the gradient of an `RMSNorm` is added there to that of the stream.
     """
-    if not isinstance(norm, RMSNorm) or norm.scale is None:
-        return x, norm(x)
-    return _fork(norm.eps, jnp.dtype(norm.dtype or x.dtype), x, norm.scale[...])
+    if x.ndim == 3 and getattr(norm, "dtype", None) in (None, x.dtype) and _has_kernel(norm, x, 1):
+        return _fork(norm.eps, *vary_alike((x, norm.scale[...])))
+    return x, norm(x)
 
 
 def gated_norm(norm: Any, o: Float[Array, "*rows h d"], gate: Float[Array, "*rows hd"]) -> Float[Array, "*rows hd"]:
     """swish(gate) * norm(o), heads side by side, rounded once; for its gradients nothing but the arguments is kept."""
-    if isinstance(norm, RMSNorm) and norm.scale is not None:
-        return _gated_norm(norm.eps, o, gate, norm.scale[...])
+    if o.ndim == 4 and gate.dtype == o.dtype and _has_kernel(norm, o, o.shape[2]):
+        return _gated_norm(norm.eps, *vary_alike((o, gate, norm.scale[...])))
     finish = lambda o, gate: gated((o if norm is None else norm(o)).reshape(gate.shape), gate)
     return jax.checkpoint(finish, prevent_cse=False)(o, gate)
 
@@ -114,34 +114,28 @@ def _rms_norm(x: Array, scale: Array | None, eps: float, dtype: Any) -> Array:
     return (y if scale is None else y * scale.astype(jnp.float32)).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fork(eps: float, dtype: Any, x: Array, scale: Array) -> tuple[Array, Array]:
-    return x, _rms_norm(x, scale, eps, dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fork(eps: float, x: Array, scale: Array) -> tuple[Array, Array]:
+    return x, _rms_norm(x, scale, eps, x.dtype)
 
 
-def _fork_forward(eps: float, dtype: Any, x: Array, scale: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    return _fork(eps, dtype, x, scale), (x, scale)
+def _fork_forward(eps: float, x: Array, scale: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    return _fork(eps, x, scale), (x, scale)
 
 
-def _fork_backward(eps: float, dtype: Any, kept: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple:
+def _fork_backward(eps: float, kept: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, scale), (dx, dy) = kept, cotangents
     heads = lambda y: y[:, :, None]
-    if dy.dtype == x.dtype and x.ndim == 3 and _has_kernel(heads(x)):
-        found, dscale = _gradients(eps, False, heads(x), heads(dy), heads(dx), scale)
-        return found.reshape(x.shape), dscale
-    _, pull = jax.vjp(lambda x, scale: _rms_norm(x, scale, eps, dtype), x, scale)
-    more, dscale = pull(dy)
-    return dx + more, dscale
+    found, dscale = _gradients(eps, False, heads(x), heads(dy), heads(dx), scale)
+    return found.reshape(x.shape), dscale
 
 
 _fork.defvjp(_fork_forward, _fork_backward)
 
 
-def _normalised_and_gated(eps: float, o: Array, gate: Array, scale: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_norm(eps: float, o: Array, gate: Array, scale: Array) -> Array:
     return gated(_rms_norm(o, scale, eps, jnp.float32).reshape(gate.shape), gate)
-
-
-_gated_norm = jax.custom_vjp(_normalised_and_gated, nondiff_argnums=(0,))
 
 
 def _gated_norm_forward(eps: float, *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -150,35 +144,64 @@ def _gated_norm_forward(eps: float, *arguments: Array) -> tuple[Array, tuple[Arr
 
 def _gated_norm_backward(eps: float, arguments: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
     o, gate, scale = arguments
-    if gate.dtype == o.dtype and o.ndim == 4 and _has_kernel(o):
-        do, dgate, dscale = _gradients(eps, True, o, dy.reshape(o.shape), gate.reshape(o.shape), scale)
-        return do, dgate.reshape(gate.shape), dscale
-    return jax.vjp(functools.partial(_normalised_and_gated, eps), *arguments)[1](dy)
+    do, dgate, dscale = _gradients(eps, True, o, dy.reshape(o.shape), gate.reshape(o.shape), scale)
+    return do, dgate.reshape(gate.shape), dscale
 
 
 _gated_norm.defvjp(_gated_norm_forward, _gated_norm_backward)
 
 
-def _has_kernel(x: Array) -> bool:
-    return not (is_cut_explicitly(x) or mixes_axes(x) or kernel.why_unsupported(x))
+def _has_kernel(norm: Any, x: Array, heads: int) -> bool:
+    """Whether there is one for the gradients of norm over each of `heads` parts of x's rows, [b, t, ...]."""
+    if not isinstance(norm, RMSNorm) or norm.scale is None or is_cut_explicitly(x) or mixes_axes(x):
+        return False
+    return not kernel.why_unsupported(jax.ShapeDtypeStruct((*x.shape[:2], heads, x.shape[-1]), x.dtype))
 
 
 def _gradients(eps: float, is_gated: bool, x: Array, dy: Array, beside: Array, scale: Array) -> tuple[Array, ...]:
     """By the kernel: x's, [the gate's,] and scale's."""
     wide = jnp.broadcast_to(scale.astype(jnp.float32), (x.shape[0], *scale.shape))
-    one = runs_on_one_device(x)
-    devices = 1 if one else jax.typeof(x).sharding.mesh.size
-    each = kernel.rows_of_a_block(x.shape[0], x.shape[1], devices)
+    *found, parts = _by_kernel(eps, is_gated, *vary_alike((x, dy, beside, wide)))
+    return *found, jnp.sum(parts, (0, 1, 2)).astype(scale.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(eps: float, is_gated: bool, *arrays: Array) -> tuple[Array, ...]:
+    x = arrays[0]
+    each = kernel.rows_of_a_block(x.shape[0], x.shape[1], devices_of(x))
 
     def run(x: Array, dy: Array, beside: Array, wide: Array) -> tuple[Array, ...]:
         return kernel.norm_gradients(x, dy, beside, wide, eps, each, gated=is_gated)
 
-    if not one:
-        whole, parts = "bthd", "bnhd"
-        inputs, outputs = (whole, whole, whole, "bd"), (*[whole] * (1 + is_gated), parts)
-        letters = "bnh" if is_gated else "bn"
-        found = cut_along(run, (x, dy, beside, wide), inputs, outputs, letters, {"t": ("n", each)})
-    else:
-        found = vary_alike((run(x, dy, beside, wide), x))[0]
-    *found, parts = found
-    return *found, jnp.sum(parts, (0, 1, 2)).astype(scale.dtype)
+    if runs_on_one_device(x):
+        return vary_alike((run(*arrays), x))[0]
+    whole, parts = "bthd", "bnhd"
+    inputs, outputs = (whole, whole, whole, "bd"), (*[whole] * (1 + is_gated), parts)
+    return cut_along(run, arrays, inputs, outputs, "bnh" if is_gated else "bn", {"t": ("n", each)})
+
+
+def _plain_gradients(eps: float, is_gated: bool, each: int, *arrays: Array) -> tuple[Array, ...]:
+    """What the kernel gives, in plain JAX: its derivatives are the kernel's."""
+    x, dy, beside, wide = (y.astype(jnp.float32) for y in arrays)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    x_hat, weight = x * inverse, wide[:, None, None]
+    through = dy * jax.nn.silu(beside) if is_gated else dy
+    total = (through * x_hat).reshape(x.shape[0], -1, each, *x.shape[2:]).sum(2)
+    w = through * weight
+    dx = (w - x_hat * jnp.mean(w * x_hat, -1, keepdims=True)) * inverse
+    if not is_gated:
+        return (dx + beside).astype(arrays[0].dtype), total
+    slope = jax.nn.sigmoid(beside) * (1 + beside * (1 - jax.nn.sigmoid(beside)))
+    return dx.astype(arrays[0].dtype), (dy * x_hat * weight * slope).astype(arrays[0].dtype), total
+
+
+def _by_kernel_forward(eps: float, is_gated: bool, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    return _by_kernel(eps, is_gated, *arrays), arrays
+
+
+def _by_kernel_backward(eps: float, is_gated: bool, arrays: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple:
+    each = arrays[0].shape[1] // cotangents[-1].shape[1]
+    return jax.vjp(functools.partial(_plain_gradients, eps, is_gated, each), *arrays)[1](tuple(cotangents))
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)

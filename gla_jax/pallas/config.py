@@ -142,13 +142,14 @@ def choose_forward(
     *,
     wide_gate: bool = False,
     two_passes: bool = False,
+    one_pass: bool = False,
     may_split: bool = False,
 ) -> ForwardConfig | tuple[ForwardConfig, ScanConfig]:
     """The tuning for [key_size, value_size] states of `heads` sequences (batch x query heads): of one pass, or of two.
 
     chunks: of 64 tokens, of one sequence.
     wide_gate: whether the gates are float32, and a tile of them takes two.
-    two_passes: whether one pass will not do.
+    two_passes: whether one pass will not do; one_pass: whether two will not, for k up to 128.
     may_split: whether one pass may cut sequences in parts (forward.py says when it can).
     """
     blocks = 1 if key_size <= WIDTH else 2 if key_size <= 2 * WIDTH else 4
@@ -160,9 +161,9 @@ def choose_forward(
     if two_passes or blocks == 4:
         one_pass = False
     elif blocks == 1:
-        one_pass = fills or single >= _FEW
+        one_pass |= fills or single >= _FEW
     else:
-        one_pass = many or (splits > 1 and fills)
+        one_pass |= many or (splits > 1 and fills)
     gate = (_NARROW if blocks == 1 else _WIDE) if one_pass else _GATE[blocks]
     if one_pass and splits > 1:
         gate = dataclasses.replace(gate, splits=splits)

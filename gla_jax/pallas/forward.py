@@ -54,7 +54,7 @@ def saves_states(
     kv_heads, value_size = v.shape[2:]
     if q.dtype != jnp.bfloat16 or (g is not None and g.dtype != q.dtype) or not WIDTH < value_size <= 2 * WIDTH:
         return False
-    some = [batch * heads // n for n in range(1, devices + 1) if devices % n == 0]
+    some = [batch * heads // n for n in range(1, devices + 1) if devices % n == 0 and batch * heads % n == 0]
     options = {"may_split": _may_split(time, g, q.dtype)}
     choices = (choose_forward(key_size, value_size, n, pl.cdiv(time, CHUNK), q.dtype, **options) for n in some)
     if not all(isinstance(config, ForwardConfig) for config in choices):
@@ -165,7 +165,7 @@ def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states
     chunks = pl.cdiv(time, CHUNK)
     if config is None:
         options = {"wide_gate": gate_parts == 2, "two_passes": callable(initial_state)}
-        options["may_split"] = _may_split(time, g, q.dtype)
+        options |= {"may_split": _may_split(time, g, q.dtype), "one_pass": output_states}
         config = choose_forward(key_size, value_size, batch * heads, chunks, q.dtype, **options)
     one_pass = isinstance(config, ForwardConfig)
     scan = config if one_pass else config[1]

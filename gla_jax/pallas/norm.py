@@ -76,13 +76,14 @@ def norm_gradients(
     step = max(2, min(each, 1 << (NUMBERS * WARPS * LANES // (heads * width)).bit_length() - 1))
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     parts = jax.ShapeDtypeStruct((batch, time // each, heads, width), jnp.float32)
-    kernel: Any = pl.kernel(
+    kernel: Any = plgpu.kernel(
         functools.partial(_kernel, each=each, step=step, eps=eps, gated=gated),
         out_type=(like, like, parts) if gated else (like, parts),
-        mesh=plgpu.Mesh(grid=(batch, time // each), grid_names=("batch", "block")),
+        grid=(batch, time // each),
+        grid_names=("batch", "block"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-        name="rms_norm_gradients",
+        kernel_name="rms_norm_gradients",
     )
     return kernel(x, dy, beside, scale)
 

@@ -237,6 +237,9 @@ def test_which_states_are_saved():
     # On each of two devices the forward goes in one pass over halves of the sequences, on each of three in two.
     assert saves(16, 128, 128, devices=2)
     assert not saves(16, 128, 128, devices=3)
+    # Fewer sequences than devices.
+    long = shape(1, 65536, 4, 128)
+    assert pallas.saves_states(long, long, long, long, 8) in (True, False)
 
 
 @pytest.mark.exhaustive

@@ -109,7 +109,6 @@ def test_other_norms_are_left_alone():
 
 def test_devices_cut_batch_time_and_heads(monkeypatch):
     """On Auto axes, with a plain function in the kernel's place: no array is gathered, and values are those of one."""
-    monkeypatch.setattr(nn_norm, "_has_kernel", lambda x: True)
 
     def plain(x, dy, beside, scale, eps, each, *, gated):
         w = dy * beside if gated else dy
@@ -134,6 +133,74 @@ def test_devices_cut_batch_time_and_heads(monkeypatch):
         *want, parts = plain(x, dy, beside, wide, EPS, 64, gated=gated)
         for got, reference in zip(found, (*want, parts.sum((0, 1, 2))), strict=True):
             np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-4)
+
+
+def through_both(x, scale):
+    """A number, of what a fork and a gated norm make of x, whose gradients are the kernel's."""
+    x, y = nn_norm._fork(EPS, x, scale)
+    z = nn_norm._gated_norm(EPS, y[:, :, None], x, scale)
+    return jnp.sum((x + z).astype(jnp.float32) ** 2)
+
+
+def lowered_gradients(f, *arguments):
+    return lower_for_h100(f, *arguments).as_text().count("@mosaic_gpu")
+
+
+X, SCALE = jax.ShapeDtypeStruct((2, 1024, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), jnp.float32)
+
+
+def test_without_a_mesh_on_a_host_of_several_devices():
+    assert jax.device_count() > 1
+    assert jax.eval_shape(jax.grad(through_both), X, SCALE).shape == X.shape
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    monkeypatch.setattr(nn_norm, "runs_on_one_device", lambda x: True)
+    monkeypatch.setattr("gla_jax.mesh.runs_on_one_device", lambda x: True)
+
+
+def test_many_rows_of_gradients_by_vmap(on_one_device):
+    many = jax.ShapeDtypeStruct((3, *X.shape), X.dtype)
+    assert lowered_gradients(jax.vmap(jax.grad(through_both, (0, 1)), (0, None)), many, SCALE) == 2
+
+
+def test_gradients_inside_shard_map(on_one_device):
+    """A scale that is the same on all devices has the sum of their gradients."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    graph, _ = nnx.split(RMSNorm(256, eps=EPS, rngs=nnx.Rngs(0)))
+    specs = jax.P("data"), jax.P()
+
+    def loss(x, scale):
+        norm = nnx.merge(graph, nnx.State({"scale": nnx.Param(scale)}))
+        return jnp.sum(fork(norm, x)[1].astype(jnp.float32))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "why_no_hopper", lambda platform: None)
+        f = jax.shard_map(jax.grad(loss, (0, 1)), mesh=mesh, in_specs=specs, out_specs=specs)
+        wide = X.update(shape=(4, *X.shape[1:]))
+        assert "rms_norm_gradients" in str(jax.make_jaxpr(f)(wide, SCALE))
+
+
+def test_gradients_of_gradients(on_one_device):
+    """Those of the kernel's are those of its equations."""
+    x, dy, beside, scale = arguments(1, 8, 2, 256, "float32")
+    wide = jnp.broadcast_to(scale, (1, 256))
+    for gated in (False, True):
+        plain = nn_norm._plain_gradients(EPS, gated, 8, x, dy, beside, wide)
+        for got, want in zip(plain[:-1], expected(x, dy, beside, scale, gated)[:-1], strict=True):
+            assert relative(got, want) < 1e-5
+        assert relative(plain[-1].sum((0, 1, 2)), expected(x, dy, beside, scale, gated)[-1]) < 1e-5
+    twice = jax.grad(lambda x, scale: jnp.sum(jax.grad(through_both)(x, scale).astype(jnp.float32) ** 2))
+    assert lowered_gradients(twice, X, SCALE) > 0
+
+
+def test_forward_mode_where_there_is_no_kernel():
+    x = jnp.ones((1, 8, 256))
+    norm = RMSNorm(256, rngs=nnx.Rngs(0))
+    assert jax.jvp(lambda x: fork(norm, x)[1], (x,), (x,))[1].shape == x.shape
+    gates = lambda x: gated_norm(norm, x[:, :, None], x)
+    assert jax.jvp(gates, (x,), (x,))[1].shape == x.shape
 
 
 def test_what_it_does_not_take_is_said():
@@ -170,7 +237,7 @@ def test_it_lowers_for_an_h100(shape, gated):
 def test_on_a_gpu(shape, gated):
     x, dy, beside, scale = arguments(3, 1024, *shape)
     run = jax.jit(functools.partial(nn_norm._gradients, EPS, gated))
-    assert nn_norm._has_kernel(x)
+    assert kernel.why_unsupported(x) is None
     found, again = run(x, dy, beside, scale), run(x, dy, beside, scale)
     for got, same, reference in zip(found, again, expected(x, dy, beside, scale, gated), strict=True):
         np.testing.assert_array_equal(got, same)
