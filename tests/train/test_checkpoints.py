@@ -81,11 +81,13 @@ def collected():
     gc.collect()
 
 
-# What orbax had begun to read when it met the damage.
-UNREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def unread(test):
+    """What orbax had begun to read when it met the damage is collected by the test itself, not in the next one."""
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return ignored(pytest.mark.usefixtures("collected")(test))
 
 
-@UNREAD
+@unread
 @pytest.mark.parametrize("how", ["changed", "cut short", "gone"])
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(tmp_path, how):
     following = save_steps(tmp_path, [2, 5])
@@ -112,7 +114,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(tmp_path, how)
     assert len(told) == 1
 
 
-@UNREAD
+@unread
 def test_every_checkpoint_damaged(tmp_path):
     save_steps(tmp_path, [2, 5])
     for name in ("2", "5"):
@@ -148,9 +150,8 @@ def test_a_fingerprint_depends_on_every_element_and_its_place():
     assert int(fingerprint(tree)) in prints
 
 
-@UNREAD
+@unread
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.usefixtures("collected")
 def test_any_damaged_file_is_told_of_or_makes_no_difference(tmp_path, seed):
     """A file of the newest checkpoint changed, cut short, emptied or gone: what comes back is whole, old or new."""
     save_steps(tmp_path, [2, 5])
