@@ -41,7 +41,8 @@ def gated_linear_attention(
 
     (arXiv 2312.06635, equation 3.) Every gate is exact, in the output and in every gradient: logarithms of decays are
     only ever added, so that no strength of gate over- or underflows, and g = -inf is a hard reset. Reverse-mode
-    derivatives of any order work; forward mode (`jax.jvp`) raises a TypeError for "xla" and works for "reference".
+    derivatives of any order work; forward mode (`jax.jvp`, and `jax.hessian`, in whose place there is
+    jax.jacrev(jax.grad(f))) works for "reference", and raises a TypeError for the others.
 
     Args:
       q: [b, t, h, k] queries; float32, bfloat16, float16, or float64 for "reference". h is a multiple of hk, and query

@@ -132,7 +132,7 @@ def _backward(scale, cut, residuals, cotangents):
     def body(carry, x):
         ds, dinitial = carry
         s, (q, k, v, g), do, block = x
-        run = functools.partial(_chunks_alone, scale, cut, how)
+        run = functools.partial(_chunks_alone, scale, cut, how, pull=True)
         (scores, reads, writes, total), pull = jax.vjp(run, q, k, g)
         _, (before, _) = _states(how, cut, writes, v, total, s, initial, block)
 
@@ -226,8 +226,8 @@ def _decay_and_add(total, state, update):
     return jnp.where(near, state, 0) + (jnp.where(near, jnp.expm1(total), jnp.exp(total)) * state + update)
 
 
-def _chunks_alone(scale, cut, how, q, k, g):
-    """What a group's chunks have of q, k and g, each by itself.
+def _chunks_alone(scale, cut, how, q, k, g, pull=False):
+    """What a group's chunks have of q, k and g, each by itself; with `pull` to be differentiated by rules of its own.
 
     Returns scores [n, b, hk, r, c, c], with the decays from j to i in them; reads [n, b, hk, r, c, k], queries decayed
     from the chunk's start; writes [n, b, hk, c, k], keys decayed to its end; total [n, b, hk, k or 1, 1], its g's sum.
@@ -243,7 +243,10 @@ def _chunks_alone(scale, cut, how, q, k, g):
         )
         reads, writes, total = q * prefix[:, :, :, None], k * suffix, total.swapaxes(-1, -2)
     else:
-        return _vector_decays(how, q, k, _to_chunks(g, cut).astype(jnp.float32))
+        # In a scan differentiated twice, JAX 0.11 takes constants of a custom_vjp's function for its arguments. So that
+        # stands only where it is differentiated at once, and what it was made of is what a second derivative sees.
+        g = _to_chunks(g, cut).astype(jnp.float32)
+        return _vector_decays(how, q, k, g) if pull else _vector_forward(how, q, k, g)[0]
     return *(x.astype(how.dtype) for x in (scores, reads, writes)), total
 
 
@@ -365,30 +368,35 @@ def _scalar_decays(levels, chunk: int, total: Array) -> Array:
     return decays[..., 0, :, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def rounded_einsum(how: Arithmetic, spec: str, x: Array, y: Array) -> Array:
     """einsum to float32 of operands rounded as `how` says; its transposes round theirs likewise."""
-
-    def multiply(x, y):
-        return jnp.einsum(spec, x, y, precision=how.precision, preferred_element_type=jnp.float32)
-
-    def multiply_wide(x, y):  # XLA's CPU backend lacks some products of bfloat16
-        return multiply(x.astype(jnp.float32), y.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(x.astype(how.dtype), y.astype(how.dtype), cpu=multiply_wide, default=multiply)
+    narrow = functools.partial(_einsum, how, how.dtype, spec)
+    if how.dtype == jnp.float32:
+        return narrow(x, y)
+    # XLA's CPU backend lacks some products of bfloat16. The choice is made around the custom_vjp: inside it JAX 0.11
+    # mistakes the platform's number for an operand when it is differentiated twice in a scan.
+    return jax.lax.platform_dependent(x, y, cpu=functools.partial(_einsum, how, jnp.float32, spec), default=narrow)
 
 
-def _einsum_forward(how, spec, x, y):
-    return rounded_einsum(how, spec, x, y), (x, y)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _einsum(how, multiplied, spec, x, y):
+    x, y = (operand.astype(how.dtype).astype(multiplied) for operand in (x, y))
+    return jnp.einsum(spec, x, y, precision=how.precision, preferred_element_type=jnp.float32)
 
 
-def _einsum_backward(how, spec, operands, ct):
+def _einsum_forward(how, multiplied, spec, x, y):
+    return _einsum(how, multiplied, spec, x, y), (x, y)
+
+
+def _einsum_backward(how, multiplied, spec, operands, ct):
     x, y = operands
     inputs, out = spec.split("->")
     a, b = inputs.split(",")
-    return rounded_einsum(how, f"{out},{b}->{a}", ct, y).astype(x.dtype), rounded_einsum(
-        how, f"{out},{a}->{b}", ct, x
-    ).astype(y.dtype)
+    transposed = functools.partial(_einsum, how, multiplied)
+    return (
+        transposed(f"{out},{b}->{a}", ct, y).astype(x.dtype),
+        transposed(f"{out},{a}->{b}", ct, x).astype(y.dtype),
+    )
 
 
-rounded_einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum.defvjp(_einsum_forward, _einsum_backward)

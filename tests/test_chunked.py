@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from gla_jax import gated_linear_attention
-from gla_jax.chunked import Plan, chunked, plan
+from gla_jax.chunked import Arithmetic, Plan, chunked, plan, rounded_einsum
 from gla_jax.reference import recurrence
 
 from .cases import apply, arguments, relative
@@ -90,6 +90,45 @@ def test_on_a_cpu_bfloat16_is_rounded_where_it_comes_and_goes_alone(gate):
     exact = call(*(None if y is None else y.astype(jnp.float32) for y in (x.q, x.k, x.v, x.g)))
     assert o.dtype == jnp.bfloat16
     assert relative(o, exact) < 2e-3  # roundings to 8 bits: 2^-9 at most of a number between 1 and 2, and evenly spread
+
+
+@pytest.mark.parametrize("gate", ["vector", "scalar"])
+def test_second_order_gradients(gate):
+    """Exact to those of the plain recurrence differentiated twice; in a scan, as layers stand."""
+    x = arguments(5, 1, 9, 2, 4, 3, hk=1, gate=gate)
+    qs = jnp.stack([x.q, -x.q])
+
+    def norm_of_gradients(arrays, call):
+        @jax.checkpoint
+        def layer(q, rest):
+            o, state = call(q, *rest, 0.5)
+            return jnp.vdot(jnp.sin(o), x.do) + jnp.vdot(jnp.sin(state), x.dstate)
+
+        def total(arrays):
+            qs, *rest = arrays
+            return jax.lax.scan(lambda sofar, q: (sofar + layer(q, rest), None), 0.0, qs)[0]
+
+        return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(jax.grad(total)(arrays)))
+
+    arrays = (qs, x.k, x.v, x.g, x.initial_state)
+    calls = functools.partial(chunked, cut=Plan(4, 2)), recurrence
+    close(*(quick(jax.grad(functools.partial(norm_of_gradients, call=call)))(arrays) for call in calls))
+
+
+def test_rounded_products_differentiated_twice_in_a_scan():
+    how = Arithmetic(jnp.dtype(jnp.bfloat16), None)
+    x, y = (jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32) for shape in ((2, 3), (3, 4)))
+
+    def through_a_scan(product, x):
+        turn = lambda total, _: (total + jnp.sum(jnp.sin(product(x * (1 + total / 9), y))), None)
+        return jax.lax.scan(turn, 0.0, length=2)[0]
+
+    def twice(product):
+        f = functools.partial(through_a_scan, product)
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(f)(x)))))(x)
+
+    rounded = twice(functools.partial(rounded_einsum, how, "ij,jk->ik"))
+    assert 1e-4 < relative(rounded, twice(jnp.matmul)) < 3e-2  # of eight roundings to 8 bits, some of them to sines
 
 
 def test_a_plan_covers_any_length():
