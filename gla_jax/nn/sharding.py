@@ -77,9 +77,27 @@ class _Linear(nnx.Linear):
             return by_rows(lambda rows: super(_Linear, self).__call__(rows, **kwargs), inputs)
         kernel, bias = self.kernel[...], self.bias[...]
         dtype = self.dtype or jnp.result_type(inputs, kernel, bias)
-        wide = jnp.promote_types(dtype, jnp.float32)
-        product = functools.partial(dot, w=kernel.astype(dtype), preferred_element_type=wide)
-        return by_rows(lambda rows: (product(rows.astype(dtype)) + bias.astype(wide)).astype(dtype), inputs)
+        return by_rows(lambda rows: _affine(rows.astype(dtype), kernel.astype(dtype), bias), inputs)
+
+
+def _add_bias(product: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (product.astype(wide) + bias.astype(wide)).astype(dtype)
+
+
+def _product_and_bias(x: jax.Array, w: jax.Array, bias: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _add_bias(dot(x, w, preferred_element_type=wide), bias, x.dtype)
+
+
+# A rule of its own, since JAX would multiply the float32 cotangent of the unrounded product with w and x as they are.
+_affine = jax.custom_jvp(_product_and_bias)
+
+
+@_affine.defjvp
+def _affine_tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, w, _), (dx, dw, dbias) = primals, tangents
+    return _product_and_bias(*primals), _add_bias(dot(dx, w) + dot(x, dw), dbias, x.dtype)
 
 
 def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

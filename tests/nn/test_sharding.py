@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from gla_jax.nn import DEFAULT_RULES, GLAForCausalLM, create_sharded, param_shardings
 from gla_jax.nn.sharding import MANY_ROWS, dot, linear, side_by_side
 
+from ..cases import relative
 from .options import OPTIONS, build, forward, tokens
 
 CONFIG = OPTIONS["conv"].replace(vocab_size=36, num_kv_heads=2, implementation=None)
@@ -175,3 +176,28 @@ def test_a_product_with_a_bias_is_rounded_once():
     wide = [np.asarray(a, np.float32) for a in (x, layer.kernel[...], layer.bias[...])]
     np.testing.assert_array_equal(layer(x), jnp.asarray(wide[0] @ wide[1] + wide[2], jnp.bfloat16))
     assert layer(x.astype(jnp.float32)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_multiplies_bfloat16_forward_and_backward(bias):
+    layer = linear(
+        96, 48, (None, None), bias=bias, init_std=0.1, dtype="bfloat16", param_dtype="float32", rngs=nnx.Rngs(0)
+    )
+    x, dy = (jax.random.normal(jax.random.key(i), (2, 128, n), jnp.bfloat16) for i, n in enumerate((96, 48)))
+    # As the products see it, so that nothing but their own roundings is left.
+    layer.kernel[...] = layer.kernel[...].astype(jnp.bfloat16).astype(jnp.float32)
+    graphdef, state = nnx.split(layer)
+    pull = jax.jit(lambda state, x, dy: jax.vjp(lambda s, x: nnx.merge(graphdef, s)(x), state, x)[1](dy))
+    operands = re.findall(
+        r"dot_general .*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", pull.lower(state, x, dy).as_text()
+    )
+    assert len(operands) >= 2
+    assert set(operands) == {("bf16", "bf16")}
+    dstate, dx = pull(state, x, dy)
+    rows, cotangents, kernel = (
+        np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (x, dy, state["kernel"].get_value())
+    )
+    wanted = {"kernel": rows.T @ cotangents, "bias": cotangents.sum(0)}
+    assert relative(dx.reshape(-1, 96), cotangents @ kernel.T) < 2e-3  # one rounding to 8 bits
+    for name, param in dstate.items():
+        assert relative(param.get_value(), wanted[name]) < (2e-3 if name == "kernel" else 1e-6), name
