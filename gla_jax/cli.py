@@ -31,8 +31,6 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"gla-jax: {error.name} is missing; install the extra that trains: gla_jax[train]") from None
 
-__all__ = ["STOPPED", "main"]
-
 # The exit status of a run that SIGTERM has stopped and that can go on (EX_TEMPFAIL).
 STOPPED = 75
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 
-__all__ = ["begin", "shell"]
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -16,8 +16,6 @@ from gla_jax.nn.retention import LinearAttentionConfig, RetentionConfig
 from gla_jax.nn.rwkv6 import RWKV6Config
 from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
 
-__all__ = ["Foreign", "from_json", "to_json"]
-
 
 class Foreign(NamedTuple):
     """A config of ours, and the dialect (see names.py) in which its checkpoint is written."""

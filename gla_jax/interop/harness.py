@@ -15,8 +15,6 @@ from gla_jax.interop.text import Tokenizer, text_after
 from gla_jax.nn.generate import checked_draw, generate
 from gla_jax.nn.prompt import check_count
 
-__all__ = ["Harness", "make_lm", "run_tasks"]
-
 # The harness's names for the same, the first that is given counts (lm_eval.models.utils.normalize_gen_kwargs).
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 ALLOWED = ("until", *LENGTHS, "do_sample", "temperature", "top_k", "top_p", "num_beams")

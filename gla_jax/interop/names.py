@@ -14,8 +14,6 @@ from gla_jax.nn.retention import LinearAttentionConfig, RetentionConfig
 from gla_jax.nn.rwkv6 import RWKV6Config
 from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
 
-__all__ = ["DIALECTS", "LAYOUTS", "Dialect", "Place", "places"]
-
 
 class Layout(NamedTuple):
     """From their array to ours, and back."""

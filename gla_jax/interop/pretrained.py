@@ -23,8 +23,6 @@ from gla_jax.interop.names import LAYOUTS, Place, places
 from gla_jax.nn.config import DTYPES, ModelConfig
 from gla_jax.nn.model import CausalLM
 
-__all__ = ["convert", "end_of_text", "load_pretrained", "save_pretrained"]
-
 
 def load_pretrained(folder: Path | str, **changes: Any) -> CausalLM:
     """The model of a checkpoint folder: config.json and model.safetensors, or its shards.

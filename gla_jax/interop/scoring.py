@@ -13,8 +13,6 @@ from jaxtyping import Float, Int
 from gla_jax.array_types import Array
 from gla_jax.nn.prompt import check_tokens
 
-__all__ = ["Bucket", "Likelihood", "continuation_likelihoods", "perplexity_by_place", "token_log_likelihoods"]
-
 
 class Likelihood(NamedTuple):
     """Of a continuation: the sum of its tokens' log-probabilities (nats), and whether each is the likeliest."""

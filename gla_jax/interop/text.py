@@ -13,8 +13,6 @@ from flax import nnx
 from gla_jax.files import CheckpointError
 from gla_jax.nn.generate import checked_stops, stream
 
-__all__ = ["ByteTokenizer", "Tokenizer", "load_tokenizer", "stream_text"]
-
 
 @runtime_checkable
 class Tokenizer(Protocol):

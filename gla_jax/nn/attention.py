@@ -14,13 +14,6 @@ from gla_jax.nn.projected import ProjectedConfig, ProjectedLayer
 from gla_jax.nn.recurrent import Making
 from gla_jax.nn.sharding import linear
 
-__all__ = [
-    "GatedLinearAttention",
-    "GatedLinearAttentionConfig",
-    "SimpleGatedLinearAttention",
-    "SimpleGatedLinearAttentionConfig",
-]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedLinearAttentionConfig(ProjectedConfig):

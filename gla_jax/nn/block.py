@@ -14,8 +14,6 @@ from gla_jax.nn.norm import fork
 from gla_jax.nn.recurrent import MixerConfig
 from gla_jax.nn.rwkv6 import ChannelMix
 
-__all__ = ["Block"]
-
 
 class Block(nnx.Module):
     """A pre-norm block, Y = X + mixer(norm(X)), then Y + MLP(norm(Y)); without an MLP, Y alone.

@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Any, cast
 
-__all__ = ["Checked", "check_type"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checked:

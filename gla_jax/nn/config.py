@@ -16,8 +16,6 @@ from gla_jax.nn.retention import LightningAttentionConfig, LinearAttentionConfig
 from gla_jax.nn.rwkv6 import RWKV6Config
 from gla_jax.nn.softmax_attention import SoftmaxAttentionConfig
 
-__all__ = ["DTYPES", "MIXERS", "MLPS", "NORMS", "REMAT_POLICIES", "CausalLMConfig", "GLAConfig", "ModelConfig"]
-
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "dots", "full")
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -13,8 +13,6 @@ from gla_jax.nn.mlp import silu
 from gla_jax.nn.sharding import parameter
 from gla_jax.sequence_parallel import axis_size, is_manual, tokens_before
 
-__all__ = ["ShortConvolution", "TokenShift"]
-
 
 class ShortConvolution(nnx.Module):
     """A causal depthwise convolution, y_t = act(sum_{j < w} W[w-1-j] * x_{t-j} + b), one filter a channel.

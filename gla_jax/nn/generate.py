@@ -23,8 +23,6 @@ from gla_jax.nn.prompt import (
 )
 from gla_jax.nn.softmax_attention import check_room
 
-__all__ = ["generate", "sample", "stream"]
-
 # Decoding takes the time of reading all weights. XLA's Triton products would first copy a layer's weights out of their
 # stack, and products with one left side would become one, of weights copied side by side.
 ON_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}

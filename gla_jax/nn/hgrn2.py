@@ -14,8 +14,6 @@ from gla_jax.nn.norm import RMSNorm
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear
 
-__all__ = ["HGRN2", "HGRN2Config"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HGRN2Config(MixerConfig):

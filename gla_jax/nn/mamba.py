@@ -16,8 +16,6 @@ from gla_jax.nn.recurrent import Layer, Making, MixerConfig
 from gla_jax.nn.sharding import linear, parameter
 from gla_jax.segments import segment_starts
 
-__all__ = ["Mamba", "MambaConfig", "selective_scan"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig(MixerConfig):

@@ -13,8 +13,6 @@ from gla_jax.nn.conv import ShortConvolution
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer
 from gla_jax.nn.sharding import linear, parameter
 
-__all__ = ["Mamba2", "Mamba2Config"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config(MixerConfig):

@@ -11,8 +11,6 @@ from jaxtyping import Float
 from gla_jax.array_types import Array
 from gla_jax.nn.sharding import linear, side_by_side
 
-__all__ = ["SwiGLU", "gated", "mlp_width", "silu"]
-
 
 def mlp_width(hidden_size: int, ratio: float = 4.0) -> int:
     """Two thirds of ratio * hidden_size, rounded up to a multiple of 256 (as flash-linear-attention and Llama do)."""

@@ -17,8 +17,6 @@ from gla_jax.nn.sharding import by_rows, dot, embedding, gathered, linear, on_au
 from gla_jax.nn.softmax_attention import check_room
 from gla_jax.step import Stacked
 
-__all__ = ["CausalLM", "GLAForCausalLM"]
-
 
 class CausalLM(nnx.Module):
     """A causal language model of blocks whose mixers its config names (arXiv 2312.06635, section 4.4).

@@ -14,8 +14,6 @@ from gla_jax.nn.mlp import gated
 from gla_jax.nn.sharding import parameter
 from gla_jax.pallas import norm as kernel
 
-__all__ = ["LayerNorm", "RMSNorm", "fork", "gated_norm"]
-
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation, y = x / sqrt(mean(x^2) + eps) * scale, over the last axis.

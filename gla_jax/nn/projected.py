@@ -15,8 +15,6 @@ from gla_jax.nn.norm import LayerNorm, RMSNorm, gated_norm
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear, side_by_side
 
-__all__ = ["FEATURE_MAPS", "OUTPUT_NORMS", "ProjectedConfig", "ProjectedLayer"]
-
 FEATURE_MAPS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "sqrelu": lambda x: jnp.square(jax.nn.relu(x)),

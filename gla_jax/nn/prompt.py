@@ -14,8 +14,6 @@ from gla_jax import files
 from gla_jax.array_types import Array
 from gla_jax.nn.softmax_attention import check_room
 
-__all__ = ["PromptState", "load_state", "prefill_in_pieces", "read_prompt", "save_state"]
-
 
 class PromptState(NamedTuple):
     """What a model keeps of a batch of prompts, to go on from any number of times.

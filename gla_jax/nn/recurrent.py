@@ -16,8 +16,6 @@ from gla_jax.nn.rope import positions_after
 from gla_jax.sequence_parallel import sequence_parallel
 from gla_jax.step import Stacked, gated_linear_attention_step, step_in_stack
 
-__all__ = ["Layer", "Making", "MixerConfig", "RecurrentLayer", "check_common", "head_width"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig(Checked):

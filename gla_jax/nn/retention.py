@@ -16,15 +16,6 @@ from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.rope import rotate
 from gla_jax.nn.sharding import linear
 
-__all__ = [
-    "LightningAttention",
-    "LightningAttentionConfig",
-    "LinearAttention",
-    "LinearAttentionConfig",
-    "Retention",
-    "RetentionConfig",
-]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetentionConfig(ProjectedConfig):

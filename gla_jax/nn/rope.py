@@ -6,8 +6,6 @@ import jax.numpy as jnp
 from gla_jax.array_types import Array, Float, Ids, Int
 from gla_jax.segments import segment_starts
 
-__all__ = ["positions_after", "rotate"]
-
 
 def positions_after(
     shape: tuple[int, ...], start: Int[Array, " b"] | None, segment_ids: Ids | None

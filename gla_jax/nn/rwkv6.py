@@ -14,8 +14,6 @@ from gla_jax.nn.mlp import gated
 from gla_jax.nn.recurrent import Making, MixerConfig, RecurrentLayer, head_width
 from gla_jax.nn.sharding import linear, parameter
 
-__all__ = ["RWKV6", "ChannelMix", "RWKV6Config"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RWKV6Config(MixerConfig):

@@ -22,20 +22,6 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = [
-    "DEFAULT_RULES",
-    "by_rows",
-    "create_sharded",
-    "dot",
-    "embedding",
-    "gathered",
-    "linear",
-    "on_auto_axes",
-    "param_shardings",
-    "parameter",
-    "side_by_side",
-]
-
 # Rows from which on products with the same input are made one.
 MANY_ROWS = 4096
 # Mesh axes along which no layer's outs lie when they are used; fsdp's parts are `gathered` first.

@@ -14,8 +14,6 @@ from gla_jax.nn.rope import positions_after, rotate
 from gla_jax.nn.sharding import linear
 from gla_jax.segments import segment_starts
 
-__all__ = ["SoftmaxAttention", "SoftmaxAttentionConfig", "check_room"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxAttentionConfig(MixerConfig):

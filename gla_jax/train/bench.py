@@ -28,8 +28,6 @@ from gla_jax.train.mesh import make_mesh
 from gla_jax.train.step import SCOPES, Program, TrainState, make_program
 from gla_jax.train.trackers import memory_gb, peak_flops
 
-__all__ = ["BenchTrainConfig", "bench_train"]
-
 PRESETS = {
     "tiny": GLAConfig.tiny,
     "340m": GLAConfig.gla_340m,

@@ -17,8 +17,6 @@ from gla_jax.array_types import Array
 from gla_jax.train.config import InputError
 from gla_jax.train.step import TrainState
 
-__all__ = ["Checkpoints", "DiskFull", "fingerprint"]
-
 
 class DiskFull(InputError):
     """There is no room for a checkpoint; the message names the last whole one."""

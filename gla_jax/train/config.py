@@ -9,8 +9,6 @@ from typing import Any, Literal, get_args, get_origin
 from gla_jax.nn import CausalLMConfig, GLAConfig
 from gla_jax.nn.config import MIXERS, ModelConfig
 
-__all__ = ["InputError", "MeshConfig", "TrainConfig", "config_from_json", "config_to_json", "differences"]
-
 
 class InputError(ValueError):
     """Something the user gave is unusable; the message is one line that names the argument and what is allowed."""

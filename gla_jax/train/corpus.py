@@ -17,8 +17,6 @@ from jaxtyping import Integer
 
 from gla_jax.train.config import InputError
 
-__all__ = ["DOCUMENT", "SHAKESPEARE", "Corpus", "Documents", "load_corpus", "read_documents"]
-
 DOCUMENT = 0xFF
 SHAKESPEARE = Path(__file__).with_name("shakespeare.jsonl.xz")
 HELD_OUT = 0.05

@@ -13,8 +13,6 @@ from jaxtyping import Float32, Integer
 
 from gla_jax.train.config import InputError
 
-__all__ = ["Batch", "Source", "evaluation_batches", "training_batches"]
-
 
 class Batch(NamedTuple):
     """Rows of tokens [b, t] and of those to predict after each; segment_ids and weights [b, t], or None for ones."""

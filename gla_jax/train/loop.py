@@ -24,8 +24,6 @@ from gla_jax.train.run_folder import CHECKPOINTS, LOG, TOKENIZER, open_run
 from gla_jax.train.step import REASONS, Program, TrainState, make_program
 from gla_jax.train.trackers import Trackers, flops_per_token, memory_gb, peak_flops
 
-__all__ = ["Result", "train"]
-
 # Steps in a row that are not finite before a run gives up, and the steps of a profile.
 GIVE_UP, PROFILED = 5, 5
 

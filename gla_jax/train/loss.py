@@ -8,8 +8,6 @@ from jaxtyping import Float, Int, UInt
 
 from gla_jax.array_types import Array
 
-__all__ = ["linear_cross_entropy", "weighted_nats"]
-
 
 def weighted_nats(
     logits: Float[Array, "*rows vocab"],

@@ -8,8 +8,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gla_jax.nn import GatedLinearAttentionConfig, GLAConfig
 from gla_jax.train.config import InputError, TrainConfig
 
-__all__ = ["AXES", "ROWS", "TIME", "batch_sharding", "like_params", "make_mesh"]
-
 AXES = ("data", "fsdp", "tensor", "sequence")
 # The axes that the rows of a batch, and the tokens of a row, are sharded over.
 ROWS, TIME = ("data", "fsdp"), "sequence"

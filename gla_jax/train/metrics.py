@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Log", "Progress", "bits", "duration", "read_log"]
-
 
 def bits(nats: float) -> float:
     """Nats as bits."""

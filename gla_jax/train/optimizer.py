@@ -9,8 +9,6 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from gla_jax.train.config import TrainConfig
 
-__all__ = ["make_optimizer", "make_schedule", "matrix_axes"]
-
 # Projections, by the logical names of their axes: what is left is embeddings, norms, biases, filters and the gate's
 # low-rank pair.
 PROJECTION_AXES = {"embed", "heads", "kv_heads", "mlp"}

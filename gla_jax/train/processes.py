@@ -10,8 +10,6 @@ from jax.experimental import multihost_utils
 
 from gla_jax.train.config import InputError
 
-__all__ = ["Stop", "Stopped", "is_first", "start_processes", "together"]
-
 
 class Stopped(Exception):
     """The run was told to stop (SIGTERM) and has saved its state; the message says at which step."""

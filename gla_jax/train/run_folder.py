@@ -15,8 +15,6 @@ from typing import Any
 
 from gla_jax.train.config import InputError, TrainConfig, config_from_json, config_to_json, differences
 
-__all__ = ["CHECKPOINTS", "LOG", "TOKENIZER", "load_config", "open_run"]
-
 CONFIG, LOG, CHECKPOINTS, LOCK, TOKENIZER = "config.json", "log.jsonl", "checkpoints", ".lock", "tokenizer.json"
 # Settings that a run may go on without.
 NO_MATTER = ("mesh", "distributed", "profile", "tensorboard", "wandb", "keep")

@@ -20,8 +20,6 @@ from gla_jax.train.run_folder import CHECKPOINTS, TOKENIZER, load_config
 from gla_jax.train.step import make_program
 from gla_jax.train.tokens import load_tokenizer
 
-__all__ = ["continue_text", "load_model", "run_tokenizer"]
-
 
 def load_model(run: Path) -> nnx.Module:
     """The model of a run, with the parameters of its newest checkpoint.

@@ -20,8 +20,6 @@ from gla_jax.train.loss import linear_cross_entropy, weighted_nats
 from gla_jax.train.mesh import batch_sharding, like_params
 from gla_jax.train.optimizer import make_optimizer, make_schedule
 
-__all__ = ["REASONS", "SCOPES", "Monitor", "Program", "TrainState", "make_program"]
-
 # What metrics["rejected"] says: why a step has left parameters and optimizer as they were.
 REASONS = ("", "the loss is not finite", "the gradient is not finite", "the gradient's norm is a spike")
 # Steps whose norms are looked at before one can be a spike, and the weight of the newest in their running mean.

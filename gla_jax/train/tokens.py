@@ -16,8 +16,6 @@ import numpy as np
 from gla_jax.train.config import InputError
 from gla_jax.train.corpus import DOCUMENT, Corpus, read_documents
 
-__all__ = ["load_tokenizer", "open_tokens", "tokenize"]
-
 ABOUT, TOKENIZER = "tokens.json", "tokenizer.json"
 # Documents that a tokenizer has at once, one a thread.
 TOGETHER = 256

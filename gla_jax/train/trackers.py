@@ -12,8 +12,6 @@ from gla_jax.nn.config import ModelConfig
 from gla_jax.nn.recurrent import MixerConfig
 from gla_jax.train.config import InputError, TrainConfig
 
-__all__ = ["Trackers", "flops_per_token", "memory_gb", "peak_flops"]
-
 # Dense bfloat16 operations a second by what JAX calls the device (the makers' data sheets).
 PEAKS = {
     "NVIDIA H100": 989e12,
