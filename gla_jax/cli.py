@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import logging
 import math
@@ -11,7 +10,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 try:
@@ -19,15 +17,13 @@ try:
     from flax import nnx
 
     from gla_jax import interop
-    from gla_jax.interop.text import save_byte_tokenizer, text_after
     from gla_jax.nn import CausalLM, CausalLMConfig
     from gla_jax.nn.config import MIXERS
+    from gla_jax.nn.text import TOKENIZER, save_byte_tokenizer, text_after
     from gla_jax.train import InputError, Stopped, TrainConfig, continue_text, load_model, tokenize, train
     from gla_jax.train.bench import BenchTrainConfig, bench_train
-    from gla_jax.train.corpus import DOCUMENT
     from gla_jax.train.processes import is_first
-    from gla_jax.train.run_folder import TOKENIZER
-    from gla_jax.train.sampling import run_tokenizer
+    from gla_jax.train.sampling import run_tokenizer, tokens_of
 except ModuleNotFoundError as error:
     raise SystemExit(f"gla-jax: {error.name} is missing; install the extra that trains: gla_jax[train]") from None
 
@@ -178,7 +174,7 @@ def _convert(config: ConvertConfig) -> None:
         raise InputError(f"argument TARGET: {config.target} must be a new or empty folder")
     if _is_run(config.source):
         model: Any = load_model(config.source)
-        _, end = _tokens_of(config.source)
+        _, end = tokens_of(run_tokenizer(config.source))
         interop.save_pretrained(model, config.target, dtype=config.dtype, end_of_text=end)
         if (config.source / TOKENIZER).exists():
             shutil.copyfile(config.source / TOKENIZER, config.target / TOKENIZER)
@@ -196,7 +192,7 @@ def _eval(config: EvalConfig) -> None:
         if value is not None and value < least:
             raise InputError(f"argument --{name}: must be at least {least}, got {value}")
     if _is_run(config.model):
-        model, (tokenizer, end) = load_model(config.model), _tokens_of(config.model)
+        model, (tokenizer, end) = load_model(config.model), tokens_of(run_tokenizer(config.model))
     else:
         model, tokenizer = interop.load_pretrained(config.model), interop.load_tokenizer(config.model)
         end = interop.end_of_text(config.model)
@@ -256,14 +252,6 @@ def _named(flag: str) -> Iterator[None]:
 
 def _is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
-
-
-def _tokens_of(run: Path) -> tuple[Any, int]:
-    """A run's tokenizer, as it was trained with, and the token that ends its texts."""
-    if (tokenizer := run_tokenizer(run)) is None:
-        return interop.ByteTokenizer(), DOCUMENT
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    return SimpleNamespace(encode=encode, decode=tokenizer.decode), tokenizer.get_vocab_size(with_added_tokens=True)
 
 
 def _print_stream(pieces: Any) -> None:

@@ -7,6 +7,7 @@ from gla_jax import cli
 from gla_jax.interop import load_pretrained, perplexity_by_place
 from gla_jax.nn import CausalLM, CausalLMConfig
 from gla_jax.train.corpus import DOCUMENT
+from gla_jax.train.sampling import run_tokenizer, tokens_of
 
 SMALL = [
     *("--batch=8", "--length=32", "--steps=3", "--eval-every=3", "--sample=8"),
@@ -139,13 +140,13 @@ def test_errors_of_convert_and_eval_are_one_line(arguments, message, capsys):
 
 
 def test_a_run_is_scored_by_the_tokenizer_that_it_was_trained_with(tmp_path):
-    assert cli._tokens_of(tmp_path)[1] == DOCUMENT
+    assert tokens_of(run_tokenizer(tmp_path))[1] == DOCUMENT
     tokenizers = pytest.importorskip("tokenizers", reason="the extra gla_jax[hub] is not installed")
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"be": 0, "or": 1, "<s>": 2}, unk_token="<s>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer, end = cli._tokens_of(tmp_path)
+    tokenizer, end = tokens_of(run_tokenizer(tmp_path))
     assert tokenizer.encode("be or be").ids == [0, 1, 0]
     assert tokenizer.decode([0, 1]) == "be or"
     assert end == 3

@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.interop.scoring import continuation_likelihoods
-from gla_jax.interop.text import Tokenizer, text_after
 from gla_jax.nn.generate import checked_draw, generate
 from gla_jax.nn.prompt import check_count
+from gla_jax.nn.text import Tokenizer, text_after
 
 # The harness's names for the same, the first that is given counts (lm_eval.models.utils.normalize_gen_kwargs).
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -1,26 +1,40 @@
-"""Text to train on: the corpus that ships with the package, or files of documents.
+"""Text to train on: the corpus that ships with the package, files of documents, or folders of tokens made of these.
 
 A corpus is two streams of tokens, one to train on and one held out. Each document stands between two separators: a
 model that reads one knows that a text begins, one that predicts it that it ends. Where tokens are bytes the separator
 is DOCUMENT, 0xFF, which no UTF-8 text contains; a tokenizer's is the number after its vocabulary.
+
+A folder that `tokenize` made is memory-mapped:
+
+train.bin, validation.bin   the streams, little-endian unsigned integers of 1, 2 or 4 bytes
+tokens.json                 their dtype, the separator, the vocabulary's size, the bytes held out, the text's SHA-256
+tokenizer.json              the tokenizer, if there is one
 """
 
 import dataclasses
 import hashlib
 import json
 import lzma
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Integer
 
+from gla_jax.files import CheckpointError
+from gla_jax.nn.text import TOKENIZER, read_tokenizer
 from gla_jax.train.config import InputError
 
 DOCUMENT = 0xFF
 SHAKESPEARE = Path(__file__).with_name("shakespeare.jsonl.xz")
 HELD_OUT = 0.05
 SPLITS = ("train", "validation")
+ABOUT = "tokens.json"
+# Documents that a tokenizer has at once, one a thread.
+TOGETHER = 256
 
 Stream = Integer[np.ndarray, "..."]
 
@@ -62,8 +76,6 @@ def load_corpus(path: Path | None = None) -> Corpus:
       InputError: as `read_documents`, or if the folder is none of these.
     """
     if path is not None and path.is_dir():
-        from gla_jax.train.tokens import open_tokens
-
         return open_tokens(path)
     documents = read_documents(path)
     held_out = sum(map(len, documents.validation))
@@ -103,6 +115,69 @@ def read_documents(path: Path | None = None) -> Documents:
         if not any(texts):
             raise InputError(f"argument --data: {path} {missing}; a line must say, or there must be more text")
     return Documents(train, validation, hashlib.sha256(raw).hexdigest())
+
+
+def tokenize(data: Path | None, out: Path, tokenizer: Path | None = None) -> Corpus:
+    """Write the tokens of a corpus to the folder `out`, and open it.
+
+    Args:
+      data: as for `read_documents`.
+      out: a new or empty folder.
+      tokenizer: a file of the `tokenizers` library (tokenizer.json); None for bytes.
+
+    Raises:
+      InputError: if the data or the tokenizer cannot be read, or `out` is in use.
+    """
+    documents = read_documents(data)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"argument OUT: {out} must be a new or empty folder")
+    separator = DOCUMENT
+    encoder = None
+    if tokenizer is not None:
+        try:
+            encoder = read_tokenizer(tokenizer)
+        except CheckpointError as error:
+            raise InputError(f"argument --tokenizer: {error}") from None
+        separator = encoder.get_vocab_size(with_added_tokens=True)
+    out.mkdir(parents=True, exist_ok=True)
+    dtype = next(d for d in ("<u1", "<u2", "<u4") if separator <= np.iinfo(d).max)
+    for name, texts in zip(SPLITS, (documents.train, documents.validation), strict=True):
+        with (out / f"{name}.bin").open("wb") as file:
+            np.array([separator], dtype).tofile(file)
+            for tokens in _encode(encoder, texts):
+                np.append(tokens.astype(dtype), np.array(separator, dtype)).tofile(file)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, out / TOKENIZER)
+    about = {
+        "dtype": dtype,
+        "separator": separator,
+        "vocab_size": separator + 1,
+        "validation_bytes": sum(map(len, documents.validation)),
+        "sha256": documents.sha256,
+    }
+    # Last: a folder without it was never finished.
+    (out / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return open_tokens(out)
+
+
+def open_tokens(folder: Path) -> Corpus:
+    """The corpus in a folder of `tokenize`, memory-mapped.
+
+    Raises:
+      InputError: if the folder is none, or was never finished.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        known = {name: about[name] for name in ("sha256", "separator", "vocab_size", "validation_bytes")}
+        for name in SPLITS:
+            known[name] = np.memmap(folder / f"{name}.bin", about["dtype"], "r")
+        tokenizer = folder / TOKENIZER
+        return Corpus(**known, tokenizer=tokenizer if tokenizer.exists() else None)
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise InputError(f"argument --data: {folder} has no {missing}; give a file or what `tokenize` made") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"argument --data: {folder / ABOUT} is damaged ({error!r})") from None
 
 
 def _read(path: Path) -> bytes:
@@ -206,3 +281,13 @@ def _split(documents: list[tuple[bytes, str | None]]) -> tuple[list[bytes], list
 def _stream(texts: list[bytes]) -> Stream:
     boundary = bytes([DOCUMENT])
     return np.frombuffer(boundary + b"".join(text + boundary for text in texts), np.uint8)
+
+
+def _encode(encoder: Any, texts: list[bytes]) -> Iterator[np.ndarray]:
+    for first in range(0, len(texts), TOGETHER):
+        some = texts[first : first + TOGETHER]
+        if encoder is None:
+            yield from (np.frombuffer(text, np.uint8) for text in some)
+        else:
+            encoded = encoder.encode_batch([text.decode("utf-8") for text in some], add_special_tokens=False)
+            yield from (np.array(e.ids, np.uint32) for e in encoded)

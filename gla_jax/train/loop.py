@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gla_jax.nn.text import TOKENIZER
 from gla_jax.train.checkpoints import Checkpoints
 from gla_jax.train.config import InputError, TrainConfig
 from gla_jax.train.corpus import Corpus, load_corpus
@@ -20,7 +21,7 @@ from gla_jax.train.data import Source, evaluation_batches, training_batches
 from gla_jax.train.mesh import make_mesh
 from gla_jax.train.metrics import Log, Progress, bits, duration, read_log
 from gla_jax.train.processes import Stop, Stopped, is_first, start_processes, together
-from gla_jax.train.run_folder import CHECKPOINTS, LOG, TOKENIZER, open_run
+from gla_jax.train.run_folder import CHECKPOINTS, LOG, open_run
 from gla_jax.train.step import REASONS, Program, TrainState, make_program
 from gla_jax.train.trackers import Trackers, flops_per_token, memory_gb, peak_flops
 

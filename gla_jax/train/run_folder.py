@@ -15,7 +15,7 @@ from typing import Any
 
 from gla_jax.train.config import InputError, TrainConfig, config_from_json, config_to_json, differences
 
-CONFIG, LOG, CHECKPOINTS, LOCK, TOKENIZER = "config.json", "log.jsonl", "checkpoints", ".lock", "tokenizer.json"
+CONFIG, LOG, CHECKPOINTS, LOCK = "config.json", "log.jsonl", "checkpoints", ".lock"
 # Settings that a run may go on without.
 NO_MATTER = ("mesh", "distributed", "profile", "tensorboard", "wandb", "keep")
 

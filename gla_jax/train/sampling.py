@@ -1,24 +1,22 @@
-"""Text from a trained run, byte by byte from a cache of constant size."""
+"""A trained run's model, and text from it."""
 
-import codecs
 import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from gla_jax.nn import stream
+from gla_jax.nn.text import TOKENIZER, ByteTokenizer, Tokenizer, read_tokenizer, stream_after, text_after
 from gla_jax.train.checkpoints import Checkpoints
 from gla_jax.train.config import InputError, MeshConfig
 from gla_jax.train.corpus import DOCUMENT
 from gla_jax.train.mesh import make_mesh
-from gla_jax.train.run_folder import CHECKPOINTS, TOKENIZER, load_config
+from gla_jax.train.run_folder import CHECKPOINTS, load_config
 from gla_jax.train.step import make_program
-from gla_jax.train.tokens import load_tokenizer
 
 
 def load_model(run: Path) -> nnx.Module:
@@ -60,50 +58,24 @@ def continue_text(
     Raises:
       ValueError: naming the argument, if it is out of its range.
     """
-    if tokenizer is None:
-        separator, text = DOCUMENT, _text
-        tokens = np.frombuffer(prompt.encode("utf-8"), np.uint8).astype(np.int32)
-    else:
-        separator, text = tokenizer.get_vocab_size(with_added_tokens=True), functools.partial(_decoded, tokenizer)
-        tokens = np.array(tokenizer.encode(prompt, add_special_tokens=False).ids, np.int32)
-    tokens = np.insert(tokens, 0, separator)
-    drawn = stream(
-        model,
-        tokens[None],
-        length,
-        key=jax.random.key(seed) if temperature > 0 else None,
-        temperature=temperature,
-        top_p=top_p if temperature > 0 else None,
-        stop_tokens=(separator,),
-    )
-    return text(drawn)
+    own, separator = tokens_of(tokenizer)
+    options: dict[str, Any] = {}
+    if temperature > 0:
+        options = {"key": jax.random.key(seed), "top_p": top_p}
+    ids = text_after(own, prompt, separator)
+    return stream_after(model, own, ids, length, temperature=temperature, stop_tokens=(separator,), **options)
 
 
 def run_tokenizer(run: Path) -> Any:
     """The tokenizer in a run's folder; None for a run over bytes."""
     path = run / TOKENIZER
-    return load_tokenizer(path) if path.exists() else None
+    return read_tokenizer(path) if path.exists() else None
 
 
-def _decoded(tokenizer: Any, drawn: Iterator[np.ndarray]) -> Iterator[str]:
-    from tokenizers.decoders import DecodeStream
-
-    text = DecodeStream(skip_special_tokens=False)  # it holds back what is not yet a whole character
-    for token in drawn:
-        if int(token[0]) >= tokenizer.get_vocab_size(with_added_tokens=True):
-            break
-        if piece := text.step(tokenizer, int(token[0])):
-            yield piece
-
-
-def _text(drawn: Iterator[np.ndarray]) -> Iterator[str]:
-    # A character of several bytes is shown when it is whole; bytes that are no UTF-8 show as U+FFFD.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in drawn:
-        byte = int(token[0])
-        if byte == DOCUMENT:
-            break
-        if piece := decoder.decode(bytes([byte]) if byte < 256 else b"\xff"):
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+def tokens_of(tokenizer: Any) -> tuple[Tokenizer, int]:
+    """Of `run_tokenizer`'s answer: a tokenizer of texts as the run reads them, and the token between texts."""
+    if tokenizer is None:
+        return ByteTokenizer(), DOCUMENT
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+    return SimpleNamespace(encode=encode, decode=decode), tokenizer.get_vocab_size(with_added_tokens=True)

@@ -13,6 +13,8 @@ from flax import nnx
 from gla_jax.files import CheckpointError
 from gla_jax.nn.generate import checked_stops, stream
 
+TOKENIZER = "tokenizer.json"
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -52,7 +54,7 @@ def save_byte_tokenizer(folder: Path | str) -> None:
         "decoder": {**level, "add_prefix_space": False, "use_regex": False},
         "model": {"type": "BPE", "vocab": {**vocab, "<|endoftext|>": 255}, "merges": []},
     }
-    (Path(folder) / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
+    (Path(folder) / TOKENIZER).write_text(json.dumps(made), encoding="utf-8")
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -61,9 +63,13 @@ def load_tokenizer(folder: Path | str) -> Any:
     Raises:
       CheckpointError: there is none, or the package `tokenizers` (the extra gla_jax[hub]) is missing.
     """
-    path = Path(folder) / "tokenizer.json"
+    return read_tokenizer(Path(folder) / TOKENIZER)
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` in a file; a CheckpointError as `load_tokenizer`."""
     if not path.is_file():
-        raise CheckpointError(f"{folder}: has no tokenizer.json")
+        raise CheckpointError(f"{path}: no such file; it must be a tokenizer.json")
     try:
         tokenizers = importlib.import_module("tokenizers")
     except ModuleNotFoundError:
@@ -71,7 +77,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception, whatever is wrong with a file
-        raise CheckpointError(f"{path}: is not a tokenizer's ({error})") from None
+        raise CheckpointError(f"{path}: is not a tokenizer.json ({error})") from None
 
 
 def text_after(tokenizer: Tokenizer, text: str, end_of_text: int) -> list[int]:
@@ -101,6 +107,13 @@ def stream_text(
     ids = list(tokenizer.encode(prompt).ids)
     if not ids:
         raise ValueError("prompt: must have at least one token, got none")
+    return stream_after(model, tokenizer, ids, max_new_tokens, **options)
+
+
+def stream_after(
+    model: nnx.Module, tokenizer: Tokenizer, ids: list[int], max_new_tokens: int, **options: Any
+) -> Iterator[str]:
+    """`stream_text` after the tokens `ids`, at least one."""
     if options.get("num_samples", 1) != 1:
         raise ValueError(f"num_samples: must be 1 to stream text, got {options['num_samples']}")
     stops = checked_stops(options.pop("stop_tokens", ()))
