@@ -156,7 +156,7 @@ def _check_bonus(bonus, shape: tuple[int, int], dtype) -> None:
 def _check_scale(scale) -> None:
     if scale is None:
         return
-    if not isinstance(scale, int | float | np.floating | np.integer):
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.floating | np.integer):
         raise ValueError(f"scale must be a Python number or None, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")

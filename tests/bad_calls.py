@@ -71,6 +71,7 @@ OP = {
     "bonus of float16": Refusal({"bonus": np.zeros((2, 3), np.float16)}, ("bonus", "float16", "float32")),
     "scale an array": Refusal({"scale": np.ones(2)}, ("scale", "ndarray", "number or None")),
     "scale a word": Refusal({"scale": "1"}, ("scale", "str", "number or None")),
+    "scale a truth value": Refusal({"scale": True}, ("scale", "bool", "number or None")),
     "segment_ids of floats": Refusal({"segment_ids": f32(2, 6)}, ("segment_ids", "float32", "integer")),
     "segment_ids a list": Refusal({"segment_ids": [[0] * 6] * 2}, ("segment_ids", "list", "integer array")),
     "segment_ids too short": Refusal({"segment_ids": ints([0] * 5, [0] * 5)}, ("segment_ids", "(2, 5)", "(2, 6)")),

@@ -72,8 +72,7 @@ class ShortConvolution(nnx.Module):
         """Convolve x [b, t, c] over time; segment_ids [b, t] as in `gated_linear_attention`."""
         if self.sequence_axis is not None and self.size > 1:
             return self._convolve_pieces(x, segment_ids, self.sequence_axis)
-        past = jnp.zeros((x.shape[0], self.size - 1, x.shape[2]), x.dtype)
-        return self._convolve(x, past, self._segments_after_past(segment_ids))
+        return self._convolve(x, None, self._segments_after_past(segment_ids))
 
     def prefill(
         self, x: Float[Array, "b t c"], cache: Float[Array, "b w1 c"], segment_ids: Ids | None = None
@@ -140,12 +139,15 @@ class ShortConvolution(nnx.Module):
         return sharded(x, segment_ids, self._weights())
 
     def _convolve(
-        self, x: Array, past: Array, segments: Array | None, weights: tuple[Array, Array | None] | None = None
+        self, x: Array, past: Array | None, segments: Array | None, weights: tuple[Array, Array | None] | None = None
     ) -> Array:
-        """x after its past [b, w-1, c]; `segments` numbers the segments of both."""
+        """x after its past [b, w-1, c], None for zeros; `segments` numbers the segments of both."""
         taps, bias = weights or self._weights()
         taps, length = taps.astype(self.dtype or x.dtype), x.shape[1]
-        history = jnp.concatenate([past.astype(x.dtype), x], 1)
+        if past is None:  # not zeros beside x: on Explicit mesh axes they would have to lie as x does
+            history = jnp.pad(x, ((0, 0), (self.size - 1, 0), (0, 0)))
+        else:
+            history = jnp.concatenate([past.astype(x.dtype), x], 1)
         y = x * taps[-1]
         for j in range(1, self.size):
             start = self.size - 1 - j

@@ -117,16 +117,22 @@ class Mamba(Layer):
         return self._output(y, inputs, z), {"state": state, "conv": conv}
 
     def _mix(self, x: Array, cache: dict[str, Array] | None, segment_ids: Ids | None) -> tuple[Array, dict[str, Array]]:
-        cache = self.init_cache(x.shape[0]) if cache is None else cache
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
-        u, conv = self.conv.prefill(u, cache["conv"], segment_ids)
+        new: dict[str, Array] = {}
+        if cache is None:
+            u = self.conv(u, segment_ids)
+            before = jnp.zeros_like(u[:, 0, :, None], jnp.float32)  # of u, to lie as it does on Explicit mesh axes
+            before = jnp.broadcast_to(before, (*before.shape[:2], self.config.state_size))
+        else:
+            u, new["conv"] = self.conv.prefill(u, cache["conv"], segment_ids)
+            before = cache["state"]
         inputs, starts = self._inputs(u), None
         if segment_ids is not None:
             ids = jnp.asarray(segment_ids)
             starts, valid = segment_starts(ids), (ids >= 0)[..., None]
             inputs = inputs._replace(dt=jnp.where(valid, inputs.dt, 0))  # decay 1, nothing written
-        y, state = selective_scan(*inputs, self._decay_rates(), cache["state"], starts, chunk=self.config.chunk)
-        return self._output(y, inputs, z), {"state": state, "conv": conv}
+        y, state = selective_scan(*inputs, self._decay_rates(), before, starts, chunk=self.config.chunk)
+        return self._output(y, inputs, z), {"state": state, **new}
 
     def _inputs(self, u: Array) -> _Inputs:
         edges = (self.rank, self.rank + self.config.state_size)

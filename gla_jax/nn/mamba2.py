@@ -107,7 +107,12 @@ class Mamba2(RecurrentLayer):
             y = y.reshape(*x.shape[:-1], config.num_groups, config.state_size)
             return jnp.repeat(y, self.num_heads // config.num_groups, axis=-2)
 
-        return {"q": for_heads(c), "k": for_heads(b), "v": (dt[..., None] * u).astype(u.dtype), "g": g}
+        return {
+            "q": for_heads(c),
+            "k": for_heads(b),
+            "v": (dt[..., None] * u.astype(jnp.float32)).astype(u.dtype),
+            "g": g,
+        }
 
     def _output(self, o: Array, x: Array, streams: dict[str, Array], arguments: dict[str, Any]) -> Array:
         y = o.astype(jnp.float32) + self.D[...].astype(jnp.float32)[:, None] * streams["u"].astype(jnp.float32)

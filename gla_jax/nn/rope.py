@@ -19,9 +19,10 @@ def positions_after(
     if segment_ids is None:
         return start[:, None] + jnp.arange(time, dtype=jnp.int32), start + time
     valid, starts = segment_ids >= 0, segment_starts(jnp.asarray(segment_ids))
-    before = jnp.cumsum(valid, 1, dtype=jnp.int32) - valid + start[:, None]
+    own = valid.astype(jnp.int32)
+    before = jnp.cumsum(own, 1, dtype=jnp.int32) - own + start[:, None]
     base = jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
-    return before - base, before[:, -1] + valid[:, -1] - base[:, -1]
+    return before - base, before[:, -1] + own[:, -1] - base[:, -1]
 
 
 def rotate(x: Float[Array, "*b h k"], position: Int[Array, "*b"], theta: float) -> Float[Array, "*b h k"]:

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gla_jax.checks import state_dtype
+
 # Rows from which on products with the same input are made one.
 MANY_ROWS = 4096
 # Mesh axes along which no layer's outs lie when they are used; fsdp's parts are `gathered` first.
@@ -67,13 +69,12 @@ class _Linear(nnx.Linear):
 
 
 def _add_bias(product: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = state_dtype(dtype)
     return (product.astype(wide) + bias.astype(wide)).astype(dtype)
 
 
 def _product_and_bias(x: jax.Array, w: jax.Array, bias: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return _add_bias(dot(x, w, preferred_element_type=wide), bias, x.dtype)
+    return _add_bias(dot(x, w, preferred_element_type=state_dtype(x.dtype)), bias, x.dtype)
 
 
 # A rule of its own, since JAX would multiply the float32 cotangent of the unrounded product with w and x as they are.
@@ -89,8 +90,11 @@ def _affine_tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Arr
 def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """f(x) for x [..., in] as rows [n, in]: for a weight's gradient XLA's CPU backend would transpose [b, t, in].
 
-    On a mesh of many devices x stays as it is: b and t may both be sharded, and rows would have to be gathered.
+    On a mesh of many devices x stays as it is: b and t may both be sharded, and rows would have to be gathered. What
+    reads x first in every layer, so that an empty one is refused here.
     """
+    if 0 in x.shape:
+        raise ValueError(f"x must have no empty axis, got shape {x.shape}")
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         return f(x)

@@ -1,5 +1,7 @@
 """Every layer in a model: in pieces as in one, packed as alone, in a batch of different lengths, and differentiable."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,40 @@ def test_low_precision_is_near_float32(name):
     assert ratio(logits, low[:, 19]) < 4e-2
     after = step(model, inputs[:, 20], cache)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after[1]) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_dtype_is_promoted_by_itself(name):
+    attends = name in ("softmax", "hybrid, two")  # JAX's own attention masks bfloat16 with a float32
+    config = CONFIGS[name].replace(dtype="float32" if attends else "bfloat16")
+    model, inputs, ids = build(config), tokens(2, 6), jnp.array([[0, 0, 1, 1, 1, -1]] * 2)
+    graphdef, params = nnx.split(model)
+
+    def decode(params, cache):
+        model = nnx.merge(graphdef, params)
+        return model.step(inputs[:, 0], model.prefill(inputs, cache, ids)[1])
+
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params)(inputs, ids))), params)
+        jax.eval_shape(decode, params, model.init_cache(2))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("hybrid")])
+def test_a_layer_alone_on_explicit_axes(name):
+    mixer: Any = CONFIGS[name].mixer
+    own = {"depth": 0.5, "lower_bound": np.zeros(32, np.float32)}.get(type(mixer).layer_input)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.ShapeDtypeStruct((2, 6, 32), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data")))
+    with jax.set_mesh(mesh):
+        y = jax.eval_shape(lambda x: mixer.build(32, rngs=nnx.Rngs(0))(x, None, own), x)
+    assert y.sharding.spec == jax.P("data", None, None)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_is_no_input(name):
+    model = build(CONFIGS[name])
+    with pytest.raises(ValueError, match=r"^x must have no empty axis, got shape \(2, 0, 32\)"):
+        model(jnp.zeros((2, 0), jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["rwkv6", "mamba2, groups", "retention", "linear, normalised", "hybrid"])
