@@ -56,7 +56,16 @@ CHANGES = ("param_dtype", "dtype", "remat", "layer_unroll", "implementation", "s
 _SILU = ("swish", "silu")
 # What the libraries take where config.json says nothing; 1e-6 for all others.
 _NORM_EPS = {"rwkv6": 1e-5, "mamba": 1e-5, "mamba2": 1e-5, "official": 1e-5}
-# Of Mamba and Mamba-2, as are all their defaults.
+# Fields that mean the same, theirs to ours; defaults are the same, too.
+_HEADS = {name: name for name in ("num_heads", "num_kv_heads", "expand_k", "expand_v")}
+_RWKV6 = {
+    **{name: name for name in ("num_heads", "expand_k", "expand_v")},
+    **{"proj_low_rank_dim": "shift_low_rank", "gate_low_rank_dim": "gate_low_rank"},
+}
+_ATTENTION = {
+    **{name: name for name in ("num_heads", "num_kv_heads", "qkv_bias", "rope_theta")},
+    "window_size": "window",
+}
 _MAMBA = {
     **{"state_size": "state_size", "expand": "expand", "conv_kernel": "conv_size"},
     **{"use_conv_bias": "conv_bias", "use_bias": "projection_bias"},
@@ -183,14 +192,7 @@ def _with_attention(mixer: MixerConfig, hybrid: Any, layers: int, cache_size: in
             raise CheckpointError(
                 f"config.json: attn's layers must be a list of 0 to {layers - 1}, got {spec['layers']!r}"
             )
-        attention = SoftmaxAttentionConfig(
-            num_heads=spec["num_heads"],
-            num_kv_heads=spec.get("num_kv_heads"),
-            qkv_bias=spec.get("qkv_bias") or False,
-            window=spec.get("window_size"),
-            cache_size=cache_size,
-            rope_theta=float(spec.get("rope_theta") or 10000.0),
-        )
+        attention = SoftmaxAttentionConfig(cache_size=cache_size, **_Fields(spec).given(_ATTENTION))
         for layer in spec["layers"]:
             pattern[layer] = attention
     period = next(p for p in range(1, layers + 1) if layers % p == 0 and pattern == pattern[:p] * (layers // p))
@@ -209,34 +211,27 @@ def _hybrid_to_json(config: ModelConfig) -> list[dict[str, Any]]:
                     f"got {mixer.head_size}"
                 )
             specs.setdefault(mixer, []).append(layer)
-    return [
-        {
-            "layers": layers,
-            "num_heads": mixer.num_heads,
-            "num_kv_heads": mixer.num_kv_heads,
-            "qkv_bias": mixer.qkv_bias,
-            "window_size": mixer.window,
-            "rope_theta": mixer.rope_theta,
-        }
-        for mixer, layers in specs.items()
-    ]
+    return [{"layers": layers, **_named(mixer, _ATTENTION)} for mixer, layers in specs.items()]
 
 
-def _projected(x: _Fields, expand_k: float, expand_v: float) -> dict[str, Any]:
+def _projected(x: _Fields) -> dict[str, Any]:
     """What fla's GLA and RetNet have in common."""
     x.only("hidden_act", *_SILU)
     x.only("elementwise_affine", True, None)
     feature = x.get("feature_map")
     convolved = x.get("use_short_conv", default=False)
+    x.need("num_heads")
     return {
-        "num_heads": x.need("num_heads"),
-        "num_kv_heads": x.get("num_kv_heads"),
-        "expand_k": float(x.get("expand_k", default=expand_k)),
-        "expand_v": float(x.get("expand_v", default=expand_v)),
+        **x.given(_HEADS),
         "conv_size": x.get("conv_size", default=4) if convolved else 0,
         "feature_map": "silu" if feature == "swish" else feature,
         "output_gate": x.get("use_output_gate", default=True),
     }
+
+
+def _named(mixer: Any, names: dict[str, str]) -> dict[str, Any]:
+    """Fields of ours by their names."""
+    return {theirs: getattr(mixer, ours) for theirs, ours in names.items()}
 
 
 def _written_only_with(mixer: MixerConfig, **fields: Any) -> None:
@@ -252,10 +247,7 @@ def _projected_to_json(mixer: Any) -> dict[str, Any]:
     if mixer.feature_map == "elu1":
         raise CheckpointError("feature_map: must be another for config.json, got 'elu1'")
     return {
-        "num_heads": mixer.num_heads,
-        "num_kv_heads": mixer.num_kv_heads,
-        "expand_k": mixer.expand_k,
-        "expand_v": mixer.expand_v,
+        **_named(mixer, _HEADS),
         "use_short_conv": mixer.conv_size > 0,
         "conv_size": mixer.conv_size or 4,
         "feature_map": mixer.feature_map,
@@ -264,7 +256,7 @@ def _projected_to_json(mixer: Any) -> dict[str, Any]:
 
 
 def _read_gla(x: _Fields) -> tuple[dict[str, Any], str]:
-    options = {**_projected(x, 0.5, 1.0), "gate_clamp": x.get("clamp_min")}
+    options = {**_projected(x), "gate_clamp": x.get("clamp_min")}
     return (options if x.get("attn") is None else {"mixer": GatedLinearAttentionConfig(**options)}), "fla"
 
 
@@ -294,9 +286,8 @@ def _write_gla(mixer: GatedLinearAttentionConfig, config: ModelConfig) -> tuple[
 
 
 def _read_retnet(x: _Fields) -> tuple[dict[str, Any], str]:
-    options = _projected(x, 1.0, 2.0)
-    if options["num_kv_heads"] not in (None, options["num_heads"]):
-        given = options["num_kv_heads"]
+    options = _projected(x)
+    if (given := options.get("num_kv_heads")) not in (None, options["num_heads"]):
         raise CheckpointError(f"config.json: num_kv_heads must be num_heads or null for retnet here, got {given}")
     # The model there never hands use_short_conv to its layers.
     return {"mixer": RetentionConfig(**options | {"conv_size": 0})}, "fla"
@@ -328,11 +319,9 @@ def _read_linear(x: _Fields) -> tuple[dict[str, Any], str]:
     for name in ("norm_q", "norm_k", "tie_feature_map_qk"):
         x.only(name, False, None)
     x.only("feature_map", *_FEATURES)
+    x.need("num_heads")
     mixer = LinearAttentionConfig(
-        num_heads=x.need("num_heads"),
-        num_kv_heads=x.get("num_kv_heads"),
-        expand_k=float(x.get("expand_k", default=1.0)),
-        expand_v=float(x.get("expand_v", default=1.0)),
+        **x.given(_HEADS),
         feature_map=_FEATURES[x.get("feature_map", default="elementwise_product")],
         normalize=x.get("norm_feature_map", default=False),
     )
@@ -346,20 +335,19 @@ def _write_linear(mixer: LinearAttentionConfig, config: ModelConfig) -> tuple[di
         allowed = ", ".join(map(str, maps))
         raise CheckpointError(f"feature_map: must be one of {allowed} for config.json, got {mixer.feature_map!r}")
     fields = {"model_type": "linear_attn", "architectures": ["LinearAttentionForCausalLM"]}
-    fields |= {name: getattr(mixer, name) for name in ("num_heads", "num_kv_heads", "expand_k", "expand_v")}
-    return {**fields, "feature_map": maps[mixer.feature_map], "norm_feature_map": mixer.normalize}, "fla"
+    return {
+        **fields,
+        **_named(mixer, _HEADS),
+        "feature_map": maps[mixer.feature_map],
+        "norm_feature_map": mixer.normalize,
+    }, "fla"
 
 
 def _read_rwkv6(x: _Fields) -> tuple[dict[str, Any], str]:
     x.only("hidden_act", "sqrelu")
     x.only("norm_bias", True)
-    mixer = RWKV6Config(
-        num_heads=x.need("num_heads"),
-        expand_k=float(x.get("expand_k", default=0.5)),
-        expand_v=float(x.get("expand_v", default=1.0)),
-        shift_low_rank=x.get("proj_low_rank_dim", default=32),
-        gate_low_rank=x.get("gate_low_rank_dim", default=64),
-    )
+    x.need("num_heads")
+    mixer = RWKV6Config(**x.given(_RWKV6))
     width = x.get("intermediate_size")
     width = -(-int(x.need("hidden_size") * x.get("hidden_ratio", default=3.5)) // 32) * 32 if width is None else width
     rest = {"norm": "layer", "embed_norm": x.get("norm_first", default=True), "mlp": "channel_mix", "mlp_size": width}
@@ -368,9 +356,7 @@ def _read_rwkv6(x: _Fields) -> tuple[dict[str, Any], str]:
 
 def _write_rwkv6(mixer: RWKV6Config, config: ModelConfig) -> tuple[dict[str, Any], str]:
     fields: dict[str, Any] = {"model_type": "rwkv6", "architectures": ["RWKV6ForCausalLM"], "hidden_act": "sqrelu"}
-    fields |= {"num_heads": mixer.num_heads, "expand_k": mixer.expand_k, "expand_v": mixer.expand_v}
-    fields |= {"proj_low_rank_dim": mixer.shift_low_rank, "gate_low_rank_dim": mixer.gate_low_rank}
-    return {**fields, "norm_bias": True, "norm_first": config.embed_norm}, "rwkv6"
+    return {**fields, **_named(mixer, _RWKV6), "norm_bias": True, "norm_first": config.embed_norm}, "rwkv6"
 
 
 def _limit(x: _Fields, name: str) -> tuple[float, float | None]:
@@ -396,7 +382,7 @@ def _write_mamba2(mixer: Mamba2Config, config: ModelConfig) -> tuple[dict[str, A
     return {
         "model_type": "mamba2",
         "architectures": ["Mamba2ForCausalLM"],
-        **_mamba_to_json(mixer),
+        **_named(mixer, _MAMBA),
         "head_dim": mixer.head_size,
         "num_heads": heads,
         "n_groups": mixer.num_groups,
@@ -415,16 +401,12 @@ def _write_mamba(mixer: MambaConfig, config: ModelConfig) -> tuple[dict[str, Any
     rank = mixer.time_step_rank or -(-config.hidden_size // 16)
     fields: dict[str, Any] = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
     inner = {"intermediate_size": mixer.expand * config.hidden_size, "time_step_rank": rank}
-    return {**fields, **_mamba_to_json(mixer), **inner}, "mamba"
+    return {**fields, **_named(mixer, _MAMBA), **inner}, "mamba"
 
 
 def _mamba(x: _Fields) -> dict[str, Any]:
     options = x.given(_MAMBA)
     return options | {"expand": int(options["expand"])} if "expand" in options else options
-
-
-def _mamba_to_json(mixer: Any) -> dict[str, Any]:
-    return {theirs: getattr(mixer, ours) for theirs, ours in _MAMBA.items()}
 
 
 def _read_attention(x: _Fields) -> tuple[dict[str, Any], str]:

@@ -26,9 +26,8 @@ class GatedLinearAttentionConfig(ProjectedConfig):
     gate_clamp: float | None = None
     """Least log decay of a token, or None; see `GatedLinearAttention` on when it makes a difference in speed."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         self._at_least(1, "gate_low_rank")
         self._positive("gate_normalizer")
         self._require("gate_clamp", self.gate_clamp is None or self.gate_clamp < 0, "negative or None")
@@ -139,9 +138,8 @@ class SimpleGatedLinearAttentionConfig(ProjectedConfig):
     gate_normalizer: float = 16.0
     """Divides the log decay."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         self._positive("gate_normalizer")
 
 

@@ -14,10 +14,10 @@ class Checked:
             declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
             if declared.split(" | ")[0] in _KINDS:
                 check_type(field.name, declared, getattr(self, field.name))
-        self.check()
+        self._check()
 
-    def check(self) -> None:
-        """Raises a ValueError for a value out of its range; types have been checked."""
+    def _check(self) -> None:
+        """Raises a ValueError that names a field out of its range; types have been checked."""
 
     def replace[C](self: C, **changes: Any) -> C:
         """The same config with the fields in `changes` changed, checked anew."""

@@ -78,8 +78,7 @@ class ModelConfig(Checked):
     sequence_axis: str | None = None
     """Mesh axis that time is sharded over in whole sequences (see sequence_parallel), or None."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "vocab_size", "hidden_size", "num_layers", "layer_unroll")
         self._positive("mlp_ratio", "norm_eps", "init_std")
         self._require("mlp_size", self.mlp_size is None or self.mlp_size >= 1, "at least 1 or None")
@@ -143,9 +142,8 @@ class CausalLMConfig(ModelConfig):
     mlp: str = "swiglu"
     """What a block has after its mixer: swiglu, channel_mix (RWKV-6) or none (Mamba)."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         self._one_of("norm", tuple(NORMS))
         self._one_of("mlp", MLPS)
         check_type("embed_norm", "bool", self.embed_norm)
@@ -224,10 +222,9 @@ class GLAConfig(GatedLinearAttentionConfig, ModelConfig):
     Every field is checked when the config is built: a ValueError names the field, what is allowed, and what it got.
     """
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
-        ModelConfig.check(self)
-        GatedLinearAttentionConfig.check(self)
+    def _check(self) -> None:
+        ModelConfig._check(self)
+        GatedLinearAttentionConfig._check(self)
         for name in ("expand_k", "expand_v"):
             head_width(name, self.hidden_size, getattr(self, name), self.num_heads)
 

@@ -29,8 +29,7 @@ class HGRN2Config(MixerConfig):
     """Epsilon of the output norm: flash-linear-attention's own, whatever norm_eps its models have elsewhere."""
     layer_input: ClassVar[str | None] = "lower_bound"
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "expand_ratio")
         self._positive("output_norm_eps")
         self._require("conv_size", self.conv_size >= 0, "0 (none) or more")

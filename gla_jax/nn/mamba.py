@@ -36,8 +36,7 @@ class MambaConfig(MixerConfig):
     chunk: int = 64
     """Tokens that the scan holds all states of at once."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "state_size", "expand", "conv_size", "chunk")
         self._require("time_step_rank", self.time_step_rank is None or self.time_step_rank >= 1, "at least 1 or None")
 

@@ -37,8 +37,7 @@ class Mamba2Config(MixerConfig):
     time_step_max: float | None = None
     """The largest dt, or None."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "state_size", "head_size", "expand", "num_groups", "conv_size")
         self._require("time_step_min", self.time_step_min >= 0, "at least 0")
         self._require(

@@ -56,8 +56,7 @@ class ProjectedConfig(MixerConfig):
     feature_maps: ClassVar[tuple[str | None, ...]] = (None, *FEATURE_MAPS)
     """What feature_map may be."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "num_heads")
         self._positive("expand_k", "expand_v")
         self._require("conv_size", self.conv_size >= 0, "0 (none) or more")

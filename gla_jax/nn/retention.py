@@ -30,9 +30,8 @@ class RetentionConfig(ProjectedConfig):
     rope_theta: float | None = 10000.0
     """Base of the rotary embedding of queries and keys; None for no positions."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         self._require("rope_theta", self.rope_theta is None or self.rope_theta > 0, "positive or None")
 
 
@@ -78,8 +77,7 @@ class LightningAttentionConfig(MixerConfig):
     """Width of a head's queries, keys and values; None for hidden_size / num_heads."""
     layer_input: ClassVar[str | None] = "depth"
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "num_heads")
         self._require("head_size", self.head_size is None or self.head_size >= 1, "at least 1 or None")
 

@@ -30,8 +30,7 @@ class RWKV6Config(MixerConfig):
     gate_low_rank: int = 64
     """Rank of the part of the decay that depends on the input."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "num_heads", "shift_low_rank", "gate_low_rank")
         self._positive("expand_k", "expand_v")
 

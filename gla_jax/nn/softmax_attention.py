@@ -38,8 +38,7 @@ class SoftmaxAttentionConfig(MixerConfig):
     """Of `jax.nn.dot_product_attention` over whole sequences: xla, cudnn (NVIDIA GPUs, half precision), None for JAX's
     choice. Packed sequences, prefill and steps take JAX's choice."""
 
-    def check(self) -> None:
-        """Raises a ValueError that names a field out of its range."""
+    def _check(self) -> None:
         self._at_least(1, "num_heads", "cache_size")
         self._positive("rope_theta")
         self._one_of("kernel", (None, "xla", "cudnn"))

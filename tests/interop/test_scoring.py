@@ -12,9 +12,9 @@ import pytest
 from gla_jax.interop.harness import Harness, make_lm, run_tasks
 from gla_jax.interop.scoring import continuation_likelihoods, perplexity_by_place, token_log_likelihoods
 from gla_jax.nn import generate
-from tests.interop.test_text import Bytes
 from tests.nn.family import CONFIGS
 from tests.nn.options import build, forward
+from tests.nn.test_text import Bytes
 
 
 @pytest.fixture(scope="module")
