@@ -33,7 +33,7 @@ def linear_cross_entropy(
 
     Under differentiation each part's logits become its gradients on the spot, so that no logits are kept or computed
     twice: what is kept is hidden's gradient and weight's, the latter summed in float32. Gradients for hidden and weight
-    alone; first order.
+    alone; differentiating those again raises a TypeError.
 
     Args:
       hidden: [parts, ..., d].
@@ -66,9 +66,20 @@ def _forward(hidden: Array, weight: Array, targets: Array, weights: Array | None
         own = jax.lax.dot_general(hidden, dlogits, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
         return (total + jnp.sum(losses), dweight + own), dlogits @ weight.T
 
+    hidden, weight = _constant(hidden), _constant(weight)
     zeros = jnp.float32(0), jnp.zeros(weight.shape, jnp.float32)
     (total, dweight), dhidden = jax.lax.scan(part, zeros, (hidden, targets, weights))
     return total, (dhidden, dweight.astype(weight.dtype))
+
+
+@jax.custom_jvp
+def _constant(x: Array) -> Array:
+    return x
+
+
+@_constant.defjvp
+def _constant_tangent(primals: Any, tangents: Any) -> Any:
+    raise TypeError("linear_cross_entropy: its gradients have no derivatives; take weighted_nats of the logits")
 
 
 def _largest_and_sum(logits: Array) -> tuple[Array, Array]:

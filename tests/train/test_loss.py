@@ -60,3 +60,13 @@ def test_no_more_than_a_part_of_the_logits_is_held():
     assert "f32[8,64,512]" not in step.as_text()
     held = step.memory_analysis().temp_size_in_bytes, at_once.memory_analysis().temp_size_in_bytes
     assert held[0] < held[1] / 2, held
+
+
+def test_a_second_derivative_is_refused():
+    hidden, *rest = case(jnp.float32, False)
+    gradient = jax.grad(linear_cross_entropy)
+    with pytest.raises(TypeError, match="linear_cross_entropy: its gradients have no derivatives"):
+        jax.grad(lambda hidden: jnp.sum(jax.checkpoint(gradient)(hidden, *rest) ** 2))(hidden)
+    # As in a scan of steps, which is not differentiated itself.
+    _, each = jax.lax.scan(lambda carry, x: (carry, jax.checkpoint(gradient)(x, *rest)), None, hidden[None])
+    np.testing.assert_allclose(each[0], gradient(hidden, *rest), rtol=1e-6)
