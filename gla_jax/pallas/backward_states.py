@@ -66,20 +66,21 @@ def matmuls(*sums):
     return pl.run_scoped(run, *[plgpu.ACC(TILE, jnp.float32)] * len(sums))
 
 
-def scratch(config, dtype, has_starts=False):
+def scratch(config, dtype, has_starts=False, by_token=False):
     """Shared memory and barriers of one block, by name."""
     blocks, stages = config.key_blocks, config.state_stages
+    arrivals = blocks + VALUE_BLOCKS + (1 if by_token else blocks) + has_starts
     marks = {"marks": plgpu.SMEM((stages, MARKS, CHUNK), jnp.float32)} if has_starts else {}
     return marks | {
         "k": tile((stages, blocks, *TILE), dtype),
-        "g": tile((stages, blocks, *TILE), dtype),
+        "g": plgpu.SMEM((stages, CHUNK), jnp.float32) if by_token else tile((stages, blocks, *TILE), dtype),
         "v": tile((stages, VALUE_BLOCKS, *TILE), dtype),
         "state": tile((blocks, VALUE_BLOCKS, *TILE), dtype),
         "centre": tile((blocks, *TILE), dtype),
         "after": tile((blocks, *TILE), dtype),
         "decay": plgpu.SMEM((blocks, CHUNK), jnp.float32),
         "row": plgpu.SMEM((blocks, CHUNK), jnp.float32),
-        "loaded": plgpu.Barrier(num_arrivals=2 * blocks + VALUE_BLOCKS + has_starts, num_barriers=stages),
+        "loaded": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=blocks, num_barriers=stages),
     }
 
@@ -118,6 +119,7 @@ def walk(config, interpret, *walks, marks=None):
       config: a BackwardConfig.
       interpret: runs the kernel in Pallas' interpreter.
       walks: (Walk, k, v, g, initial state or None) of sequences of the same length and sizes, which are padded ones.
+        For walks forwards g may be [b, hk, t] float32, a gate a token, summed up inside each chunk.
       marks: `gating.mark_starts`'s, if sequences can begin inside chunks.
 
     Returns:
@@ -141,6 +143,8 @@ def walk(config, interpret, *walks, marks=None):
     kinds = [kind._replace(has_initial=initial is not None) for kind, *_, initial in walks]
     options = {"chunks": n, "blocks": blocks, "value_parts": value_parts, "walks": kinds}
     has_starts = marks is not None
+    by_token = inputs[2].ndim == 3
+    options["by_token"] = by_token
     run = plgpu.kernel(
         functools.partial(states_kernel, config=config, has_starts=has_starts, **options),
         out_type=tuple(out_type),
@@ -148,7 +152,7 @@ def walk(config, interpret, *walks, marks=None):
         grid_names=("batch", "head", "part"),
         num_threads=config.threads,
         thread_name="role",
-        scratch_types=[scratch(config, dtype, has_starts)],
+        scratch_types=[scratch(config, dtype, has_starts, by_token)],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )
@@ -175,7 +179,7 @@ def through_parts(end, walked, parts, scale=None):
     return jnp.stack(found if scale is None else found[::-1], 1), state
 
 
-def states_kernel(*refs, config, has_starts, chunks, blocks, value_parts, walks):
+def states_kernel(*refs, config, has_starts, by_token, chunks, blocks, value_parts, walks):
     """The body; refs are k, v, g, [initial] of every walk, [marks], then states, [decay], [last] of each, the scratch.
 
     states is [b, h, n, k v / 64, 64] (forward.States) and decay [b, h, n, k]; with totals, [b, h, k, v] and [b, h, k]
@@ -191,7 +195,10 @@ def states_kernel(*refs, config, has_starts, chunks, blocks, value_parts, walks)
     for i, walk in enumerate(walks):
         outputs = [next(refs) if wanted else None for wanted in (True, walk.has_decay, walk.has_last)]
         run = functools.partial(
-            _walk, s, config, chunks, value_parts, walk, lax.rem(part, jnp.int32(blocks)), marks, *inputs[i], *outputs
+            _walk,
+            *(s, config, chunks, value_parts, walk, by_token, lax.rem(part, jnp.int32(blocks)), marks),
+            *inputs[i],
+            *outputs,
         )
         if len(walks) == 1:
             run()
@@ -199,7 +206,7 @@ def states_kernel(*refs, config, has_starts, chunks, blocks, value_parts, walks)
             pl.when((lax.div(part, jnp.int32(blocks)) == i) & (head < walk.heads))(run)
 
 
-def _walk(s, config, chunks, value_parts, walk, part, marks, k, v, g, initial, states, decay, last):
+def _walk(s, config, chunks, value_parts, walk, by_token, part, marks, k, v, g, initial, states, decay, last):
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     source = lax.div(batch, jnp.int32(walk.first)) * walk.of + lax.rem(batch, jnp.int32(walk.first))
@@ -227,6 +234,7 @@ def _walk(s, config, chunks, value_parts, walk, part, marks, k, v, g, initial, s
             config,
             chunks,
             walk,
+            by_token,
             initial=of_head(initial, source),
             states=place,
             decay=None if decay is None else lambda n: of_chunk(decay, n).at[mine],
@@ -248,9 +256,12 @@ def _walk(s, config, chunks, value_parts, walk, part, marks, k, v, g, initial, s
             copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
             if marks is not None:
                 copy(marks.at[source, place], s["marks"].at[slot], s["loaded"].at[slot])
+            kv_head = lax.div(head, jnp.int32(walk.group))
+            if by_token:
+                copy(g.at[source, kv_head, tokens], s["g"].at[slot], s["loaded"].at[slot])
             for i in range(config.key_blocks):
-                gates = g.at[source, tokens, lax.div(head, jnp.int32(walk.group)), channels(i)]
-                copy(gates, s["g"].at[slot, i], s["loaded"].at[slot])
+                if not by_token:
+                    copy(g.at[source, tokens, kv_head, channels(i)], s["g"].at[slot, i], s["loaded"].at[slot])
                 copy(k.at[source, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
             for i in range(VALUE_BLOCKS):
                 copy(v.at[source, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
@@ -260,7 +271,7 @@ def _walk(s, config, chunks, value_parts, walk, part, marks, k, v, g, initial, s
             plgpu.barrier_wait(s["free"].at[n % config.state_stages])
 
 
-def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay, last, first_of_values):
+def _carry_states(s, warpgroup, config, chunks, walk, by_token, *, initial, states, decay, last, first_of_values):
     centre, after, row = s["centre"].at[warpgroup], s["after"].at[warpgroup], s["row"].at[warpgroup]
     copies, decays = s["state"].at[warpgroup], s["decay"].at[warpgroup]
     rows, columns = numbers()
@@ -272,6 +283,17 @@ def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay,
             return nothing(jnp.float32)
         # The sum varies over no axis of a shard_map, as what the loop makes of it; what is loaded may.
         return nothing(jnp.float32) + plgpu.load(initial[i], layout=plgpu.Layout.WGMMA, optimized=False)
+
+    def decays_of(slot):
+        """The logarithms of what k is multiplied with, as they are summed up in the chunk, and B along the rows."""
+        if by_token:
+            b = s["g"].at[slot]
+            total = vector(1.0) * b[CHUNK - 1]
+            return along_rows(total - plgpu.load(b, layout=ROWS)), total
+        g = s["g"].at[slot, warpgroup]
+        g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
+        plgpu.commit_smem()
+        return products(g)
 
     def products(g):
         def run(sums, total):
@@ -286,10 +308,8 @@ def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay,
         carry, sum_of_totals = carry
         slot = lax.rem(n, jnp.int32(config.state_stages))
         plgpu.barrier_wait(s["loaded"].at[slot])
-        g, k = s["g"].at[slot, warpgroup], s["k"].at[slot, warpgroup]
-        g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
-        plgpu.commit_smem()
-        sums, total = products(g)
+        k = s["k"].at[slot, warpgroup]
+        sums, total = decays_of(slot)
         decayed = load(k) * (jnp.exp(sums) if walk.scale == 1.0 else jnp.exp(sums) * walk.scale)
         starts = Starts.read(s["marks"].at[slot]) if "marks" in s else None
         if starts is not None:

@@ -185,7 +185,6 @@ def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
     widths = scan.key_blocks * WIDTH, -(-value_size // scan.value_width) * scan.value_width
-    given = g
     g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if gate_parts else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
@@ -207,7 +206,7 @@ def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states
                 f"config.splits={scan.splits} takes times that are multiples of {scan.splits * CHUNK}, and no gates of "
                 f"float32 a channel; got {time} and gates of {gate_parts} parts"
             )
-        initial_state = _entering_states(k, v, given, starts, initial_state, scan.splits, interpret)
+        initial_state = _entering_states(k, v, g, starts, initial_state, scan.splits, interpret)
     options = {"config": config, "chunks": chunks, "gate_parts": gate_parts, "interpret": interpret}
     o, state, states = run(q, k, v, g, starts, scale, initial_state, output_final_state, **options)
     return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size], states
@@ -282,33 +281,28 @@ def _one_pass(
 
 
 def _may_split(time, g, dtype):
-    """Whether one pass can cut a sequence: in whole chunks, and with gates that the walk ahead reads as they are.
-
-    Those of a token it reads rounded, as the backward does: a decay exp(-G) between two parts is off by G exp(-G) 2^-9.
-    """
+    """Whether one pass can cut a sequence: in whole chunks, and with gates that the walk ahead reads as they are."""
     return time % CHUNK == 0 and (g is None or g.ndim == 3 or g.dtype == dtype)
 
 
 def _entering_states(k, v, g, starts, initial_state, splits, interpret):
     """The states [b * splits, hk, k, v] that enter each part of a sequence, from what all but the last add to them.
 
-    k and v are padded, g and starts as given to `forward`.
+    k, v and g are as the kernel of one pass takes them, starts as given to `forward`.
     """
     batch, time, kv_heads, key_size = k.shape
     value_size = v.shape[-1]
     config = choose_backward(key_size, value_size, k.dtype)
     width = -(-value_size // (VALUE_BLOCKS * WIDTH)) * VALUE_BLOCKS * WIDTH
     v = _pad(v, time, width)
-    g = jnp.zeros((batch, time, kv_heads, 1), k.dtype) if g is None else g if g.ndim == 4 else g[..., None]
-    g = g.astype(k.dtype)
-    g = _pad(g, time, key_size) if g.shape[-1] > 1 else jnp.broadcast_to(g, k.shape)
     # Each part is walked in several, where there is room for them, and what they add is added up.
     blocks = batch * kv_heads * (splits - 1) * (width // (VALUE_BLOCKS * WIDTH))
     several = next(n for n in (8, 4, 2, 1) if n == 1 or (n * blocks <= 132 and time // CHUNK % (n * splits) == 0))
     kind = backward_states.Walk(kv_heads, totals=True, of=splits * several, first=(splits - 1) * several)
     cut = lambda x: x.reshape(batch * splits * several, -1, *x.shape[2:])
+    g = jnp.moveaxis(cut(jnp.moveaxis(g, 1, 2)), 1, 2) if g.ndim == 3 else cut(g[:, :, :, 0])
     marks = None if starts is None else cut(mark_starts(starts, time // CHUNK))
-    walked = backward_states.walk(config, interpret, (kind, cut(k), cut(v), cut(g), None), marks=marks)
+    walked = backward_states.walk(config, interpret, (kind, cut(k), cut(v), g, None), marks=marks)
     initial = None if initial_state is None else _pad(initial_state, key_size, width, axes=(2, 3))
     before, after = backward_states.through_parts(initial, walked, (splits - 1) * several)
     states = jnp.concatenate([before[:, ::several], after[:, None]], 1)
