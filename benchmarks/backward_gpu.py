@@ -48,12 +48,12 @@ def cotangents(shape):
     return do, *(jax.random.normal(key, (b, h, k, v)) for key in (second, third))
 
 
-def both(q, k, v, g, do):
+def both(do, q, k, v, g, starts=None):
     """o and the gradients, as the op computes them."""
     if not saves_states(q, k, v, g):
-        return forward(q, k, v, g, 1.0)[0], backward(q, k, v, g, 1.0, None, do)
-    o, _, states = forward_and_states(q, k, v, g, 1.0)
-    return o, backward(q, k, v, g, 1.0, None, do, saved=states)
+        return forward(q, k, v, g, 1.0, starts=starts)[0], backward(q, k, v, g, 1.0, None, do, starts=starts)
+    o, _, states = forward_and_states(q, k, v, g, 1.0, starts=starts)
+    return o, backward(q, k, v, g, 1.0, None, do, starts=starts, saved=states)
 
 
 def compiled(f, *args, lower):
@@ -82,13 +82,17 @@ def kernels(run, *args, runs=8):
 
 
 def check(shape, kind, lower):
-    run = lambda q, k, v, g, state, do, dfinal: backward(q, k, v, g, 1.0, state, do, dfinal)
-    (q, k, v, g), (do, state, dfinal) = inputs(shape, kind), cotangents(shape)
-    run = compiled(run, q, k, v, g, state, do, dfinal, lower=lower)
+    def run(q, k, v, g, state, do, dfinal, *starts):
+        return backward(q, k, v, g, 1.0, state, do, dfinal, starts=starts[0] if starts else None)
+
+    (q, k, v, g, *starts), (do, state, dfinal) = inputs(shape, kind), cotangents(shape)
+    run = compiled(run, q, k, v, g, state, do, dfinal, *starts, lower=lower)
     if run is None:
         return {"lowered": True}
     with alone():
-        got = jax.device_get(run(q, k, v, g, state, do, dfinal))
+        got = jax.device_get(run(q, k, v, g, state, do, dfinal, *starts))
+    for where in starts:
+        g = jnp.where(where[..., None, None], -jnp.inf, g)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, g, state)]
         _, pull = jax.vjp(lambda q, k, v, g, state: recurrence(q, k, v, g, state, 1.0), *wide)
@@ -101,19 +105,19 @@ def check(shape, kind, lower):
 
 
 def times(shape, kind, lower):
-    shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
+    shapes = jax.eval_shape(lambda: (cotangents(shape)[0], *inputs(shape, kind)))
     run = compiled(both, *shapes, lower=lower)
     if run is None:
         return {"lowered": True}
-    return kernels(run, *inputs(shape, kind), cotangents(shape)[0]) | {"to reach": BARS[shape]}
+    return kernels(run, cotangents(shape)[0], *inputs(shape, kind)) | {"to reach": BARS[shape]}
 
 
 def bits(shape, kind, lower):
-    shapes = jax.eval_shape(lambda: (*inputs(shape, kind), cotangents(shape)[0]))
+    shapes = jax.eval_shape(lambda: (cotangents(shape)[0], *inputs(shape, kind)))
     run = compiled(lambda *args: both(*args)[1][:4], *shapes, lower=lower)
     if run is None:
         return {"lowered": True}
-    args = *inputs(shape, kind), cotangents(shape)[0]
+    args = cotangents(shape)[0], *inputs(shape, kind)
     same = jax.jit(lambda a, b: jnp.all(jnp.array([jnp.array_equal(x, y) for x, y in zip(a, b, strict=True)])))
     with alone():
         first = run(*args)

@@ -61,9 +61,6 @@ def gates(kind, shape, key):
         return 4 * g
     if kind == "resets":
         return jnp.where(jax.random.bernoulli(first, 0.01, token), -jnp.inf, g / 16)
-    if kind == "packed":
-        starts = jnp.arange(shape[1]) % (shape[1] // 16) == 0
-        return jnp.where(starts[:, None, None], -jnp.inf, g / 16)
     if kind == "tenth":
         strong = jnp.array([-5.0, -50.0, -1e4])[jax.random.randint(second, shape, 0, 3)]
         here = jnp.repeat(jax.random.bernoulli(first, 0.1, tile), 64, axis=1)[:, : shape[1]]
@@ -76,7 +73,10 @@ def inputs(shape, kind="mild"):
     b, t, h, k, v = shape
     keys = jax.random.split(jax.random.key(0), 4)
     q, key, value = (jax.random.normal(x, (b, t, h, n), jnp.bfloat16) for x, n in zip(keys, (k, k, v), strict=False))
-    return q, key, value, gates(kind, (b, t, h, k), keys[3]).astype(jnp.bfloat16)
+    g = gates(kind, (b, t, h, k), keys[3]).astype(jnp.bfloat16)
+    if kind == "packed":
+        return q, key, value, g, jnp.broadcast_to(jnp.arange(t) % (t // 16) == 0, (b, t))
+    return q, key, value, g
 
 
 def milliseconds(f, *args, calls=30, repeats=7):
@@ -94,12 +94,14 @@ def milliseconds(f, *args, calls=30, repeats=7):
 @functools.cache
 def call(k, config=None):
     """The forward without states; one function for all gates, so that a shape compiles once."""
-    return jax.jit(lambda q, key, value, g: forward(q, key, value, g, k**-0.5, config=config)[0])
+    return jax.jit(
+        lambda q, key, value, g, starts=None: forward(q, key, value, g, k**-0.5, starts=starts, config=config)[0]
+    )
 
 
 @functools.cache
 def call_with_states():
-    return jax.jit(lambda q, k, v, g, state: forward(q, k, v, g, 1.0, state, True))
+    return jax.jit(lambda q, k, v, g, state, starts=None: forward(q, k, v, g, 1.0, state, True, starts=starts))
 
 
 def ready(shape, kinds=("mild",), config=None, lower=False):
@@ -114,9 +116,10 @@ def ready(shape, kinds=("mild",), config=None, lower=False):
         return {}
     with compiling():
         arguments = {kind: jax.block_until_ready(inputs(shape, kind)) for kind in kinds}
-        programs = {args[3].ndim: args for args in arguments.values()}
-        programs = {ndim: f.lower(*args).compile() for ndim, args in programs.items()}
-    return {kind: (programs[args[3].ndim], args) for kind, args in arguments.items()}
+        form = lambda args: (args[3].ndim, len(args))
+        programs = {form(args): args for args in arguments.values()}
+        programs = {which: f.lower(*args).compile() for which, args in programs.items()}
+    return {kind: (programs[form(args)], args) for kind, args in arguments.items()}
 
 
 def timed(shape, kind="mild", config=None, lower=False, prepared=None):
@@ -138,8 +141,8 @@ def timed(shape, kind="mild", config=None, lower=False, prepared=None):
 
 
 def small(kind, k, v, time_steps=1000):
-    q, key, value, g = inputs((2, time_steps, 4, k, v), kind)
-    return q, key, value, g, jax.random.normal(jax.random.key(1), (2, 4, k, v))
+    q, key, value, g, *starts = inputs((2, time_steps, 4, k, v), kind)
+    return q, key, value, g, jax.random.normal(jax.random.key(1), (2, 4, k, v)), *starts
 
 
 @jax.jit
@@ -147,8 +150,10 @@ def equal(a, b):
     return jnp.all(jnp.array([jnp.array_equal(x, y) for x, y in zip(a, b, strict=True)]))
 
 
-def recurrence(q, k, v, g, state):
+def recurrence(q, k, v, g, state, *starts):
     q, k, v, g, state = (np.asarray(x, np.float64) for x in (q, k, v, g, state))
+    for where in starts:
+        g = np.where(np.asarray(where)[..., None, None], -np.inf, g)
     decay, out = np.exp(np.broadcast_to(g.reshape(*g.shape, *[1] * (4 - g.ndim)), k.shape)), []
     for i in range(q.shape[1]):
         state = decay[:, i, :, :, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]

@@ -5,9 +5,9 @@ n sequences (or chunks)   c tokens in a chunk   r query heads of a key/value hea
 """
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Array", "Bonus", "Float", "Gate", "Ids", "Int", "Key", "Query", "State", "Value"]
+__all__ = ["Array", "Bonus", "Float", "Gate", "Ids", "Int", "Key", "Query", "Starts", "State", "Value"]
 
 Query = Float[Array | np.ndarray, "b t h k"]
 Key = Float[Array | np.ndarray, "b t hk k"]
@@ -16,3 +16,4 @@ Gate = Float[Array | np.ndarray, "..."]  # the shape says the kind: [hk], [b, t,
 Bonus = Float[Array | np.ndarray, "hk k"]
 State = Float[Array | np.ndarray, "n hk k v"]  # n is b, or the number of sequences
 Ids = Int[Array | np.ndarray, "b t"]
+Starts = Bool[Array | np.ndarray, "b t"]

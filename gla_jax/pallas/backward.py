@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gla_jax.array_types import Array, Float, Gate, Key, Query, State, Value
+from gla_jax.array_types import Array, Float, Gate, Key, Query, Starts, State, Value
 from gla_jax.pallas import backward_chunks, backward_kernel, backward_states
 from gla_jax.pallas.backward_config import VALUE_BLOCKS, BackwardConfig, choose_backward, choose_time_parts
 from gla_jax.pallas.backward_states import Walk, through_parts
 from gla_jax.pallas.config import WIDTH
-from gla_jax.pallas.forward import States
-from gla_jax.pallas.gating import CHUNK
+from gla_jax.pallas.forward import States, reset_at_starts
+from gla_jax.pallas.gating import CHUNK, mark_starts
 
 
 class Gradients(NamedTuple):
@@ -38,6 +38,7 @@ def backward(
     do: Float[Array, "b t h v"],
     dfinal: State | Callable[[Array, Array], Array] | None = None,
     *,
+    starts: Starts | None = None,
     saved: States | None = None,
     config: BackwardConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -66,6 +67,7 @@ def backward(
       dfinal: cotangent of the final state, [b, hk, k, v] float32; zeros if None. Or, but for float16, a function that
         makes it of what these tokens do to a state's cotangent on its way to the first of them, dS -> decay dS + own,
         with decay [b, hk, k, 1] and own [b, hk, k, v] in float32.
+      starts: as `forward`'s.
       saved: the forward's States of the same arguments; for k and v up to 128, and not for float16.
       config: the tuning; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
@@ -76,6 +78,8 @@ def backward(
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
     group, dtype = heads // kv_heads, q.dtype
+    had_gate = g is not None
+    g, starts = reset_at_starts(g, starts, k)
     config = config or choose_backward(key_size, value_size, dtype)
     key_width, value_width = config.key_blocks * WIDTH, VALUE_BLOCKS * WIDTH
     key_parts, value_parts = pl.cdiv(key_size, key_width), pl.cdiv(value_size, value_width)
@@ -118,15 +122,21 @@ def backward(
     cut = lambda x: x.reshape(batch * parts, rows // parts, *x.shape[2:])
     merged = lambda x: x.reshape(-1, *x.shape[2:])
 
+    has_starts = starts is not None
+    of_all = of_parts = None
+    if has_starts:
+        of_all = mark_starts(starts, parts * chunks)
+        of_parts = of_all.reshape(batch * parts, chunks, *of_all.shape[2:])
+
     def call(kernel, grid, scratch, out_type, config=config, **options):
         return plgpu.kernel(
-            functools.partial(kernel, config=config, **options),
+            functools.partial(kernel, config=config, has_starts=has_starts, **options),
             out_type=out_type,
             grid=grid,
             grid_names=("batch", "head", "part"),
             num_threads=config.threads,
             thread_name="role",
-            scratch_types=[scratch(config, dtype)],
+            scratch_types=[scratch(config, dtype, has_starts)],
             compiler_params=plgpu.CompilerParams(
                 approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
             ),
@@ -147,10 +157,10 @@ def backward(
     back: Any = None
     if parts > splits:
         totals = (forwards, k_, v_, g_, None), (backwards, q_, do_, g_, None)
-        *forth, added, decay = walk(*((kind._replace(totals=True), *rest) for kind, *rest in totals))
+        *forth, added, decay = walk(*((kind._replace(totals=True), *rest) for kind, *rest in totals), marks=of_parts)
         back = added, decay
     elif parts > 1 or callable(dfinal):
-        back = walk((backwards._replace(totals=True), q_, do_, g_, None))
+        back = walk((backwards._replace(totals=True), q_, do_, g_, None), marks=of_parts)
     if callable(dfinal):
         _, added = through_parts(None, back, parts, scale)
         decay = jnp.exp(jnp.sum(back[1].reshape(batch, parts, heads, keys), axis=1))
@@ -165,7 +175,8 @@ def backward(
         initial = merged(through_parts(initial, forth, parts)[0])
     if config.in_chunks is not None:
         last = backwards._replace(scale=scale, has_decay=False, has_last=True)
-        states, decay, d, dinitial = walk((forwards, k_, v_, g_, initial), (last, q_, do_, g_, final))
+        both = (forwards, k_, v_, g_, initial), (last, q_, do_, g_, final)
+        states, decay, d, dinitial = walk(*both, marks=of_parts)
         mild = jnp.all(decay[..., ::WIDTH] > 0.5, axis=-1).astype(jnp.int32)
         all_chunks = parts * chunks
         own = pl.cdiv(all_chunks * batch * heads, config.in_chunks.blocks)
@@ -184,7 +195,8 @@ def backward(
             group=group,
             scale=scale,
         )
-        dq, dk, dv, dg = make(*(whole[name] for name in ("q", "k", "v", "g", "do")), states, d, decay, mild)
+        arrays = [whole[name] for name in ("q", "k", "v", "g", "do")] + [states, d, decay, mild]
+        dq, dk, dv, dg = make(*arrays, *(() if of_all is None else (of_all,)))
     else:
         if saved is not None:
             # Chunks past the end are read, too.
@@ -193,7 +205,7 @@ def backward(
             mild = jnp.pad(saved.mild, past[:4], constant_values=1)
         else:
             of_walk = (whole["k"], whole["v"], whole["g"]) if splits == 2 else (k_, v_, g_)
-            states, decay = walk((forwards, *of_walk, initial))
+            states, decay = walk((forwards, *of_walk, initial), marks=of_all if splits == 2 else of_parts)
             # A channel stands for the 64 of its block.
             mild = (decay[..., ::WIDTH] > 0.5).astype(jnp.int32)
         all_mild = jnp.min(mild.reshape(*mild.shape[:2], splits, -1, config.key_blocks), axis=3)
@@ -207,7 +219,8 @@ def backward(
             (out(keys), out(keys), out(values), out(keys), of_state),
             **options,
         )
-        *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, mild, all_mild, *(() if final is None else (final,)))
+        optional = [x for x in (of_parts, final) if x is not None]
+        *of_tokens, dinitial = make(q_, k_, v_, g_, do_, states, mild, all_mild, *optional)
         dq, dk, dv, dg = (x.reshape(batch, rows, *x.shape[2:]) for x in of_tokens)
 
     dinitial = dinitial[::parts]
@@ -230,7 +243,7 @@ def backward(
         undo(dq[:, :time, :, :key_size], q.dtype, unit),
         undo(share(dk, 2)[:, :time, :, :key_size], k.dtype, unit),
         undo(share(dv, 2)[:, :time, :, :value_size], dtype),
-        None if g is None else dg,
+        dg if had_gate else None,
         None if initial_state is None else dinitial,
     )
 

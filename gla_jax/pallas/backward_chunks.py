@@ -13,6 +13,7 @@ dv in one more go.
 """
 
 import functools
+from typing import Any
 
 from jax import lax
 from jax import numpy as jnp
@@ -21,10 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_gates import LOG2_E, along_columns, split_in_two, write_lower, write_mask
 from gla_jax.pallas.backward_states import ROWS, TILE, matmul, matmuls, numbers, tile
-from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load, nothing, vector
+from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, Starts, along_rows, load, nothing, vector
 
 
-def scratch(config, dtype):
+def scratch(config, dtype, has_starts=False):
     """Shared memory and barriers of one block, by name."""
     c = config
     memory = {
@@ -38,7 +39,8 @@ def scratch(config, dtype):
         "scores": tile((c.groups, *TILE), dtype),
         "spare": tile((c.groups, *TILE), dtype),
         "decay": plgpu.SMEM((c.token_stages, c.key_blocks, CHUNK), jnp.float32),
-        "row": plgpu.SMEM((c.groups, CHUNK), jnp.float32),
+        # And after a row a warpgroup the first of what `Starts` reads, given back with the last tile's tokens.
+        "row": plgpu.SMEM((c.groups + c.token_stages * has_starts, CHUNK), jnp.float32),
         # By place and tile of a warpgroup.
         "tokens_loaded": plgpu.Barrier(num_arrivals=4 * c.groups, num_barriers=c.token_stages * c.tiles),
         "tokens_free": plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.token_stages * c.tiles),
@@ -49,6 +51,8 @@ def scratch(config, dtype):
         "gated": plgpu.Barrier(num_arrivals=c.groups),
         "summed": plgpu.Barrier(num_arrivals=c.groups),
     }
+    if has_starts:
+        memory["marks_loaded"] = plgpu.Barrier(num_barriers=c.token_stages)
     if c.lends:
         return memory | {"gates_loaded": plgpu.Barrier(num_arrivals=c.key_blocks)}
     return memory | {
@@ -73,8 +77,8 @@ def _accumulate(values, make_pairs, interpret):
     return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in values)))
 
 
-def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpret):
-    """The body; refs are q, k, v, g, do, states, d, decay, mild, dq, dk, dv, dg, then the scratch.
+def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, has_starts, interpret):
+    """The body; refs are q, k, v, g, do, states, d, decay, mild, [marks], dq, dk, dv, dg, then the scratch.
 
     Args:
       chunks: of a sequence; own: of them, a block's; each: of them, those of a walk, if sequences were cut for these:
@@ -82,7 +86,7 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
       steps: v / 64.
       group: query heads of a key/value head. dk, dv and dg are those of each query head.
     """
-    q, k, v, g, do, states, d, decay, mild, dq, dk, dv, dg, s = refs
+    q, k, v, g, do, states, d, decay, mild, *marks, dq, dk, dv, dg, s = refs
     c, warpgroup = config, lax.axis_index("role")
     batch, head, first = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part") * own
     kv_head = lax.div(head, jnp.int32(group))
@@ -126,6 +130,8 @@ def chunks_kernel(*refs, config, chunks, own, each, steps, group, scale, interpr
                     copy(q.at[batch, tokens(i), head, channels], s["q"].at[slot, m], loaded)
                     copy(k.at[batch, tokens(i), kv_head, channels], s["k"].at[slot, m], loaded)
                     copy(walked(decay, kv_head, i).at[channels], s["decay"].at[slot, m], loaded)
+            for source in marks:
+                copy(source.at[batch, first + i, 0], _marks(s, c, slot).at[0], s["marks_loaded"].at[slot])
 
         def load_step(i, j, base, ring, stages):
             """Of the chunk's step j, or of one that goes through v again."""
@@ -210,6 +216,11 @@ def _gates(s, c, slot, base):
     return s["ring"].at[_ring_place(c, base, c.ring - 1, c.ring)] if c.lends else s["g"].at[slot]
 
 
+def _marks(s, c, slot):
+    """Where the first row of a chunk's `mark_starts` is, [1, 64]."""
+    return s["row"].at[pl.ds(c.groups + slot, 1)]
+
+
 def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, outputs, columns):
     """The computing role; outputs(i, m) and columns(i, j) are where tiles of chunk i go."""
     tiles = c.tiles
@@ -228,6 +239,18 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
 
     def chunk(i, base):
         slot = lax.rem(i, jnp.int32(c.token_stages))
+
+        def starts():
+            """Read anew each time: registers are short."""
+            return Starts.read(_marks(s, c, slot)) if "marks_loaded" in s else None
+
+        def cut(name, x, *more):
+            """x after that method of the chunk's `Starts`; x itself where no sequence can begin."""
+            return x if starts() is None else getattr(starts(), name)(x, *more)
+
+        if "marks_loaded" in s:
+            plgpu.barrier_wait(s["marks_loaded"].at[slot])
+
         mild = is_mild(i)
         next_base = _next_base(c, base, steps, mild)
 
@@ -299,7 +322,13 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             def _write():
                 pairs = [(s["k"].at[slot, m + at.zero], s["ring"].at[at.d, m + at.zero]) for m in range(c.key_blocks)]
                 pairs += [(s["scores"].at[m + at.zero].T, at.do) for m in range(c.groups)]
-                dv = matmul(pairs)
+                dv: Any = None
+                if starts() is None:
+                    dv = matmul(pairs)
+                else:
+                    across = cut("after_last", matmul(pairs[: c.key_blocks]))
+                    inside = lambda: [[(s["scores"].at[m + at.zero].T, at.do) for m in range(c.groups)]]
+                    (dv,) = _accumulate((across,), inside, interpret)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 spare[...] = dv.astype(spare.dtype)
                 plgpu.commit_smem()
@@ -307,7 +336,7 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
 
         def keep_lower(a):
             # Masks made of numbers would be computed, and spilled, ahead of the loop. A product would not do: inf * 0.
-            return jnp.where(load(lower) > 0.5, a, 0.0)
+            return cut("same", jnp.where(load(lower) > 0.5, a, 0.0), row)
 
         def exponent(t, zero, base=base):
             """E of a mild tile, in powers of 2."""
@@ -345,6 +374,7 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
             meet("gated")
             make_step = lambda j: Step(j, c.ring, c.value_stages)
             dqs, dks, da, crossings = sums(jnp.int32(0), make_step, range(tiles), with_dv=True)
+            dqs, dks = [cut("before_first", x) for x in dqs], [cut("after_last", x) for x in dks]
             last = make_step(jnp.int32(steps - 1))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             meet("summed")
@@ -376,7 +406,7 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                     last.free_d()
                 split_in_two(z, k, scores)
                 q[...] = w
-                row[...] = crossings[t]
+                row[...] = cut("keep", crossings[t])
                 plgpu.commit_smem()
                 if c.lends and t == 0:
                     plgpu.barrier_wait(s["gates_loaded"])
@@ -387,7 +417,7 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
 
                 dg = matmul([(lower.T, k), (lower.T, scores), (lower, q)]) - load(q) + along_columns(row)
                 plgpu.commit_smem()
-                g[...] = dg.astype(g.dtype)
+                g[...] = cut("reset", dg, 0.0).astype(g.dtype)
                 q[...] = dq
                 k[...] = dk
                 plgpu.commit_smem()
@@ -414,11 +444,14 @@ def _compute_chunks(s, warpgroup, c, count, steps, scale, interpret, is_mild, ou
                 total = plgpu.layout_cast(s["decay"][slot, warpgroup * tiles + t + zero], ROWS)
                 centred = jnp.where(s["decay"][slot, warpgroup * tiles + t + zero, 0] > 0.5, 1.0, 0.0)
                 total += centred * (1.0 - 2.0 * total)
-                crossing *= jnp.exp(total * (1.0 - centred))
+                crossing = cut("keep", crossing * jnp.exp(total * (1.0 - centred)))
                 # What S~ and D of a mild tile have in them.
                 row[...] = jnp.exp(-0.5 * centred * total)
                 plgpu.commit_smem()
                 tools = (*(place(name, t, zero) for name in "qkg"), product, lower, scores, spare, all_scores, row)
+                if starts() is not None:
+                    g = place("g", t, zero)
+                    g[...] = cut("reset", load(g)).astype(g.dtype)
                 dk = _by_levels(tools, i, scale, dq, dk, diagonal, crossing)
                 kept = plgpu.layout_cast(all_scores[...], plgpu.Layout.WGMMA)
                 # k~ is in its place until dv is made.

@@ -20,6 +20,10 @@ ones, dy = dx exp(N g) and dg = N^T (x dx). Nothing is ever subtracted. Here x i
 k exp(B - b_j), and on each of six levels the tile X of gating.py (scale in its queries), which made A's level X X^T;
 its cotangent is (P + P^T) X, with P = dA where a query of a block's right half meets a key of its left half.
 
+Where sequences begin inside a chunk (gating.Starts), the mild form has no pairs across in A and dA, and of the tokens'
+rows those of do S~^T are left out from the first beginning on, those of v D^T before the last one; so are those of q~
+and k~, for the products that follow. In the other form such a token's gate becomes a hard reset.
+
 A warp reads and writes its own 16 rows of a tile; only wgmma reads all of a tile. So a tile is committed (a barrier
 of the warpgroup) after it is written, and once more between the last wgmma that reads it and the next write.
 """
@@ -33,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_states import COLUMNS, LAST, TILE, matmul, matmuls, numbers
-from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, along_rows, load
+from gla_jax.pallas.gating import CHUNK, FLOOR, LEVELS, Starts, along_rows, load
 
 LOG2_E = 1.4426950408889634
 
@@ -50,6 +54,7 @@ class Tiles(NamedTuple):
     lower: ones on and below the diagonal, the same afterwards.
     row: [64] float32 scratch.
     zero: 0, unknown to the compiler.
+    marks: what `Starts` reads; None if no sequence can begin inside a chunk.
     """
 
     q: Any
@@ -63,6 +68,12 @@ class Tiles(NamedTuple):
     lower: Any
     row: Any
     zero: Any
+    marks: Any
+
+    @property
+    def starts(self):
+        """Read anew each time: registers are short."""
+        return None if self.marks is None else Starts.read(self.marks)
 
 
 def along_columns(row):
@@ -77,7 +88,8 @@ def _numbers(t):
 
 def _keep_lower(t, a):
     # Masks made of numbers would be computed, and spilled, ahead of the loop. A product would not do: inf * 0.
-    return jnp.where(load(t.lower) > 0.5, a, 0.0)
+    a = jnp.where(load(t.lower) > 0.5, a, 0.0)
+    return a if t.marks is None else t.starts.same(a)
 
 
 def split_in_two(x, high, low):
@@ -125,7 +137,8 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
       free_tokens: waits until what the last chunk made is stored; meanwhile every warp has read the row.
 
     Returns:
-      dq and dk, [64, 64] of the tiles' dtype, and exp(B/2) along the rows.
+      dq and dk, [64, 64] of the tiles' dtype, exp(B/2) along the rows, and once more, but 0 if a sequence begins in the
+      chunk.
     """
     sums, total = _sums(t)
     half = 0.5 * total
@@ -138,14 +151,22 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
     for i in range(VALUE_BLOCKS):
         t.d[i] = (ds[i] * along_rows(jnp.exp(half))).astype(t.d.dtype)
     wait_values()
-    t.row[...] = _crossing(t, ds, jnp.exp(half))
+    keep = jnp.exp(half) if t.marks is None else t.starts.keep(jnp.exp(half))
+    t.row[...] = _crossing(t, ds, keep)
     t.scores[...] = _keep_lower(t, matmul(_score_cotangents(t))).astype(t.scores.dtype)
     plgpu.commit_smem()
 
-    dq, inside = matmuls([*_reads(t), (t.scores, t.k)], [(t.scores.T, t.q)])
+    if t.marks is None:
+        dq, inside = matmuls([*_reads(t), (t.scores, t.k)], [(t.scores.T, t.q)])
+    else:
+        dq = t.starts.before_first(matmul(_reads(t)))
+        more, inside = matmuls([(t.scores, t.k)], [(t.scores.T, t.q)])
+        dq += more
     z = load(t.q) * dq - load(t.k) * inside
     dq = (dq * (jnp.exp2(e) * scale)).astype(t.q.dtype)
     across = matmul(_writes(t))
+    if t.marks is not None:
+        across = t.starts.after_last(across)
     w = (load(t.k) * across).astype(t.q.dtype)
     dk = ((inside + across) * jnp.exp2(-e)).astype(t.k.dtype)
     plgpu.commit_smem()
@@ -157,9 +178,14 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
     dg, a = matmuls([*later, (t.lower, t.state.at[0])], [(t.q, t.k.T)])
     dg += along_columns(t.row) - w.astype(jnp.float32)
     plgpu.commit_smem()
+    if t.marks is not None:
+        dg = t.starts.reset(dg, 0.0)
+        t.q[...] = t.starts.before_first(load(t.q)).astype(t.q.dtype)
+        t.k[...] = t.starts.after_last(load(t.k)).astype(t.k.dtype)
     t.g[...] = dg.astype(t.g.dtype)
     t.scores[...] = _keep_lower(t, a).astype(t.scores.dtype)
-    return dq, dk, jnp.exp(half)
+    post = jnp.exp(half)
+    return dq, dk, post, post if t.marks is None else t.starts.keep(post)
 
 
 def write_mask(lower, keep):
@@ -187,11 +213,13 @@ def _decay(t):
 def exact_gradients(make_tiles, ds, scale, wait_values, free_tokens):
     """The form for every gate, in place.
 
-    As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own, and exp(B) is in exp(B/2)'s place.
+    As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own, and of the last two results there is
+    one, exp(B).
     """
     t = make_tiles()
     rows, columns = _numbers(t)
-    t.g[...] = jnp.maximum(load(t.g), FLOOR).astype(t.g.dtype)
+    g = jnp.maximum(load(t.g), FLOOR)
+    t.g[...] = (g if t.marks is None else t.starts.reset(g)).astype(t.g.dtype)
     wait_values()
     free_tokens()
     for i in range(VALUE_BLOCKS):

@@ -23,13 +23,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
 from gla_jax.pallas.backward_gates import Tiles, exact_gradients, mild_gradients, write_lower
 from gla_jax.pallas.backward_states import TILE, matmuls, tile
-from gla_jax.pallas.gating import CHUNK, along_rows, nothing, vector
+from gla_jax.pallas.gating import CHUNK, MARKS, along_rows, nothing, vector
 
 
-def scratch(config, dtype):
+def scratch(config, dtype, has_starts=False):
     """Shared memory and barriers of one block, by name."""
     blocks, tokens, values = config.key_blocks, config.token_stages, config.value_stages
-    return {
+    marks = {"marks": plgpu.SMEM((tokens, MARKS, CHUNK), jnp.float32)} if has_starts else {}
+    return marks | {
         "q": tile((tokens, blocks, *TILE), dtype),
         "k": tile((tokens, blocks, *TILE), dtype),
         "g": tile((tokens, blocks, *TILE), dtype),
@@ -40,7 +41,7 @@ def scratch(config, dtype):
         "scores": tile((blocks, *TILE), dtype),
         "lower": tile((blocks, *TILE), dtype),
         "row": plgpu.SMEM((blocks, CHUNK), jnp.float32),
-        "tokens_loaded": plgpu.Barrier(num_arrivals=3 * blocks, num_barriers=tokens),
+        "tokens_loaded": plgpu.Barrier(num_arrivals=3 * blocks + has_starts, num_barriers=tokens),
         "values_loaded": plgpu.Barrier(num_arrivals=(2 + blocks) * VALUE_BLOCKS, num_barriers=values),
         "gated": plgpu.Barrier(num_arrivals=blocks),
         "multiplied": plgpu.Barrier(num_arrivals=blocks),
@@ -50,15 +51,17 @@ def scratch(config, dtype):
     }
 
 
-def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
-    """The body; refs are q, k, v, g, do, states, mild, all_mild, [dfinal], dq, dk, dv, dg, dinitial, then the scratch.
+def backward_kernel(*refs, config, chunks, splits, group, scale, has_starts, has_final):
+    """The body; refs are q, k, v, g, do, states, mild, all_mild, [marks], [dfinal], then outputs, then the scratch.
 
-    A block takes all of one head's 64 or 128 channels and 128 columns. dq, dk and dg are [b, t, h, k], dv [b, t, h, v],
-    and dfinal and dinitial [b, h, k, v]: who calls adds up query heads of a group. states and mild (forward.States) are
-    of whole sequences if these are cut in `splits`: [b / splits, hk, splits * chunks, ...]. all_mild is [b / splits,
-    hk, splits, k / 64] int32, 1 for channels that are mild in every chunk.
+    A block takes all of one head's 64 or 128 channels and 128 columns. Outputs are dq, dk, dv, dg and dinitial: dq, dk
+    and dg are [b, t, h, k], dv [b, t, h, v], and dfinal and dinitial [b, h, k, v], and who calls adds up query heads of
+    a group. states and mild (forward.States) are of whole sequences if these are cut in `splits`: [b / splits, hk,
+    splits * chunks, ...]. all_mild is [b / splits, hk, splits, k / 64] int32, 1 for channels that are mild in every
+    chunk, and marks `gating.mark_starts`'s.
     """
-    q, k, v, g, do, states, mild, all_mild, *final, dq, dk, dv, dg, dinitial, s = refs
+    q, k, v, g, do, states, mild, all_mild, *given, dq, dk, dv, dg, dinitial, s = refs
+    marks, final = given[:has_starts], given[has_starts:]
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     channels = columns = lambda i: pl.ds(i * CHUNK, CHUNK)
@@ -100,6 +103,8 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_final):
         def load_tokens(i):
             slot = lax.rem(i, jnp.int32(config.token_stages))
             loaded = s["tokens_loaded"].at[slot]
+            for source in marks:
+                copy(source.at[batch, chunks - 1 - i], s["marks"].at[slot], loaded)
             for j in range(blocks):
                 copy(g.at[batch, tokens(i), kv_head, channels(j)], s["g"].at[slot, j], loaded)
                 copy(q.at[batch, tokens(i), head, channels(j)], s["q"].at[slot, j], loaded)
@@ -180,6 +185,7 @@ def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_
                 lower=s["lower"].at[own],
                 row=s["row"].at[own],
                 zero=zero,
+                marks=s["marks"].at[slot] if "marks" in s else None,
             )
 
         def wait_values():
@@ -194,8 +200,7 @@ def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_
 
         plgpu.barrier_wait(s["tokens_loaded"].at[slot])
         if mild is None:
-            dq, dk, post = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
-            keep = post
+            dq, dk, post, keep = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
         else:
 
             def exact():
@@ -203,8 +208,8 @@ def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_
                 return dq, dk, keep, vector(1.0)
 
             def centred():
-                dq, dk, post = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
-                return dq, dk, post, post
+                dq, dk, post, keep = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
+                return dq, dk, keep, post
 
             dq, dk, keep, post = lax.cond(mild(i) > 0, centred, exact)
 

@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas.backward_config import VALUE_BLOCKS
-from gla_jax.pallas.gating import CHUNK, FLOOR, along_rows, load, nothing, vector, write_triangle
+from gla_jax.pallas.gating import CHUNK, FLOOR, MARKS, Starts, along_rows, load, nothing, vector, write_triangle
 
 TILE = (CHUNK, CHUNK)
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -66,19 +66,21 @@ def matmuls(*sums):
     return pl.run_scoped(run, *[plgpu.ACC(TILE, jnp.float32)] * len(sums))
 
 
-def scratch(config, dtype):
+def scratch(config, dtype, has_starts=False, by_token=False):
     """Shared memory and barriers of one block, by name."""
     blocks, stages = config.key_blocks, config.state_stages
-    return {
+    arrivals = blocks + VALUE_BLOCKS + (1 if by_token else blocks) + has_starts
+    marks = {"marks": plgpu.SMEM((stages, MARKS, CHUNK), jnp.float32)} if has_starts else {}
+    return marks | {
         "k": tile((stages, blocks, *TILE), dtype),
-        "g": tile((stages, blocks, *TILE), dtype),
+        "g": plgpu.SMEM((stages, CHUNK), jnp.float32) if by_token else tile((stages, blocks, *TILE), dtype),
         "v": tile((stages, VALUE_BLOCKS, *TILE), dtype),
         "state": tile((blocks, VALUE_BLOCKS, *TILE), dtype),
         "centre": tile((blocks, *TILE), dtype),
         "after": tile((blocks, *TILE), dtype),
         "decay": plgpu.SMEM((blocks, CHUNK), jnp.float32),
         "row": plgpu.SMEM((blocks, CHUNK), jnp.float32),
-        "loaded": plgpu.Barrier(num_arrivals=2 * blocks + VALUE_BLOCKS, num_barriers=stages),
+        "loaded": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=blocks, num_barriers=stages),
     }
 
@@ -110,13 +112,15 @@ class Walk(NamedTuple):
     first: int = 1
 
 
-def walk(config, interpret, *walks):
+def walk(config, interpret, *walks, marks=None):
     """The outputs of all walks, in one launch.
 
     Args:
       config: a BackwardConfig.
       interpret: runs the kernel in Pallas' interpreter.
       walks: (Walk, k, v, g, initial state or None) of sequences of the same length and sizes, which are padded ones.
+        For walks forwards g may be [b, hk, t] float32, a gate a token, summed up inside each chunk.
+      marks: `gating.mark_starts`'s, if sequences can begin inside chunks.
 
     Returns:
       of each walk, one after the other, what `states_kernel` leaves.
@@ -138,18 +142,21 @@ def walk(config, interpret, *walks):
         inputs += [k, v, g] if initial is None else [k, v, g, initial]
     kinds = [kind._replace(has_initial=initial is not None) for kind, *_, initial in walks]
     options = {"chunks": n, "blocks": blocks, "value_parts": value_parts, "walks": kinds}
+    has_starts = marks is not None
+    by_token = inputs[2].ndim == 3
+    options["by_token"] = by_token
     run = plgpu.kernel(
-        functools.partial(states_kernel, config=config, **options),
+        functools.partial(states_kernel, config=config, has_starts=has_starts, **options),
         out_type=tuple(out_type),
         grid=(sequences, max(kind.heads for kind in kinds), blocks * len(kinds)),
         grid_names=("batch", "head", "part"),
         num_threads=config.threads,
         thread_name="role",
-        scratch_types=[scratch(config, dtype)],
+        scratch_types=[scratch(config, dtype, has_starts, by_token)],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )
-    return run(*inputs)
+    return run(*inputs, *(() if marks is None else (marks,)))
 
 
 def through_parts(end, walked, parts, scale=None):
@@ -172,8 +179,8 @@ def through_parts(end, walked, parts, scale=None):
     return jnp.stack(found if scale is None else found[::-1], 1), state
 
 
-def states_kernel(*refs, config, chunks, blocks, value_parts, walks):
-    """The body; refs are k, v, g, [initial state] of every walk, then states, [decay], [last] of each, the scratch.
+def states_kernel(*refs, config, has_starts, by_token, chunks, blocks, value_parts, walks):
+    """The body; refs are k, v, g, [initial] of every walk, [marks], then states, [decay], [last] of each, the scratch.
 
     states is [b, h, n, k v / 64, 64] (forward.States) and decay [b, h, n, k]; with totals, [b, h, k, v] and [b, h, k]
     in float32. last is the last state [b, h, k, v] in float32. The grid's last axis has `blocks` of each walk, and its
@@ -183,11 +190,15 @@ def states_kernel(*refs, config, chunks, blocks, value_parts, walks):
     refs, inputs = iter(refs), []
     for walk in walks:
         inputs.append([next(refs) if given else None for given in (True, True, True, walk.has_initial)])
+    marks = next(refs) if has_starts else None
     part, head = lax.axis_index("part"), lax.axis_index("head")
     for i, walk in enumerate(walks):
         outputs = [next(refs) if wanted else None for wanted in (True, walk.has_decay, walk.has_last)]
         run = functools.partial(
-            _walk, s, config, chunks, value_parts, walk, lax.rem(part, jnp.int32(blocks)), *inputs[i], *outputs
+            _walk,
+            *(s, config, chunks, value_parts, walk, by_token, lax.rem(part, jnp.int32(blocks)), marks),
+            *inputs[i],
+            *outputs,
         )
         if len(walks) == 1:
             run()
@@ -195,7 +206,7 @@ def states_kernel(*refs, config, chunks, blocks, value_parts, walks):
             pl.when((lax.div(part, jnp.int32(blocks)) == i) & (head < walk.heads))(run)
 
 
-def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, decay, last):
+def _walk(s, config, chunks, value_parts, walk, by_token, part, marks, k, v, g, initial, states, decay, last):
     warpgroup = lax.axis_index("role")
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     source = lax.div(batch, jnp.int32(walk.first)) * walk.of + lax.rem(batch, jnp.int32(walk.first))
@@ -223,6 +234,7 @@ def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, 
             config,
             chunks,
             walk,
+            by_token,
             initial=of_head(initial, source),
             states=place,
             decay=None if decay is None else lambda n: of_chunk(decay, n).at[mine],
@@ -239,11 +251,17 @@ def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, 
             def _wait():
                 plgpu.barrier_wait(s["free"].at[slot])
 
-            tokens = pl.ds((chunks - 1 - n if walk.reverse else n) * CHUNK, CHUNK)
+            place = chunks - 1 - n if walk.reverse else n
+            tokens = pl.ds(place * CHUNK, CHUNK)
             copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
+            if marks is not None:
+                copy(marks.at[source, place], s["marks"].at[slot], s["loaded"].at[slot])
+            kv_head = lax.div(head, jnp.int32(walk.group))
+            if by_token:
+                copy(g.at[source, kv_head, tokens], s["g"].at[slot], s["loaded"].at[slot])
             for i in range(config.key_blocks):
-                gates = g.at[source, tokens, lax.div(head, jnp.int32(walk.group)), channels(i)]
-                copy(gates, s["g"].at[slot, i], s["loaded"].at[slot])
+                if not by_token:
+                    copy(g.at[source, tokens, kv_head, channels(i)], s["g"].at[slot, i], s["loaded"].at[slot])
                 copy(k.at[source, tokens, head, channels(i)], s["k"].at[slot, i], s["loaded"].at[slot])
             for i in range(VALUE_BLOCKS):
                 copy(v.at[source, tokens, head, columns(i)], s["v"].at[slot, i], s["loaded"].at[slot])
@@ -253,7 +271,7 @@ def _walk(s, config, chunks, value_parts, walk, part, k, v, g, initial, states, 
             plgpu.barrier_wait(s["free"].at[n % config.state_stages])
 
 
-def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay, last, first_of_values):
+def _carry_states(s, warpgroup, config, chunks, walk, by_token, *, initial, states, decay, last, first_of_values):
     centre, after, row = s["centre"].at[warpgroup], s["after"].at[warpgroup], s["row"].at[warpgroup]
     copies, decays = s["state"].at[warpgroup], s["decay"].at[warpgroup]
     rows, columns = numbers()
@@ -265,6 +283,17 @@ def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay,
             return nothing(jnp.float32)
         # The sum varies over no axis of a shard_map, as what the loop makes of it; what is loaded may.
         return nothing(jnp.float32) + plgpu.load(initial[i], layout=plgpu.Layout.WGMMA, optimized=False)
+
+    def decays_of(slot):
+        """The logarithms of what k is multiplied with, as they are summed up in the chunk, and B along the rows."""
+        if by_token:
+            b = s["g"].at[slot]
+            total = vector(1.0) * b[CHUNK - 1]
+            return along_rows(total - plgpu.load(b, layout=ROWS)), total
+        g = s["g"].at[slot, warpgroup]
+        g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
+        plgpu.commit_smem()
+        return products(g)
 
     def products(g):
         def run(sums, total):
@@ -279,15 +308,19 @@ def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay,
         carry, sum_of_totals = carry
         slot = lax.rem(n, jnp.int32(config.state_stages))
         plgpu.barrier_wait(s["loaded"].at[slot])
-        g, k = s["g"].at[slot, warpgroup], s["k"].at[slot, warpgroup]
-        g[...] = jnp.maximum(load(g), FLOOR).astype(g.dtype)
-        plgpu.commit_smem()
-        sums, total = products(g)
-        k[...] = (load(k) * (jnp.exp(sums) if walk.scale == 1.0 else jnp.exp(sums) * walk.scale)).astype(k.dtype)
-        keep = along_rows(jnp.exp(total))
+        k = s["k"].at[slot, warpgroup]
+        sums, total = decays_of(slot)
+        decayed = load(k) * (jnp.exp(sums) if walk.scale == 1.0 else jnp.exp(sums) * walk.scale)
+        starts = Starts.read(s["marks"].at[slot]) if "marks" in s else None
+        if starts is not None:
+            decayed = (starts.before_first if walk.reverse else starts.after_last)(decayed)
+        k[...] = decayed.astype(k.dtype)
+        # B, of a chunk in which a sequence begins as that of one with resets.
+        through = total if starts is None else total + jnp.where(starts.last > 0.0, 2.0 * FLOOR, 0.0)
+        keep = along_rows(jnp.exp(through))
         if walk.totals:
             plgpu.commit_smem()
-            return update(slot, k, carry, keep), sum_of_totals + total
+            return update(slot, k, carry, keep), sum_of_totals + through
         row[...] = total
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
@@ -297,7 +330,7 @@ def _carry_states(s, warpgroup, config, chunks, walk, *, initial, states, decay,
         read = along_rows(jnp.exp(total * (0.5 * mild)))
         for i in range(VALUE_BLOCKS):
             copies[i] = (carry[i] * read).astype(copies.dtype)
-        decays[...] = total + mild * (1.0 - 2.0 * total)
+        decays[...] = through + mild * (1.0 - total - through)
         plgpu.commit_smem()
         place = chunks - 1 - n if walk.reverse else n
         for i in range(VALUE_BLOCKS):

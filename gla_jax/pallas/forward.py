@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gla_jax.array_types import Array, Gate, Key, Query, State, Value
+from gla_jax.array_types import Array, Gate, Key, Query, Starts, State, Value
 from gla_jax.pallas import backward_states, gate_kernel, scan_kernel
 from gla_jax.pallas.backward_config import VALUE_BLOCKS, choose_backward
 from gla_jax.pallas.config import WIDTH, ForwardConfig, ScanConfig, choose_forward
 from gla_jax.pallas.forward_kernel import forward_kernel, scratch
-from gla_jax.pallas.gating import CHUNK, FLOOR
+from gla_jax.pallas.gating import CHUNK, FLOOR, mark_starts
 
 LARGEST_KEY = 256
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -109,6 +109,7 @@ def forward(
     initial_state: State | Callable[[Array, Array], Array] | None = None,
     output_final_state: bool = False,
     *,
+    starts: Starts | None = None,
     config: ForwardConfig | tuple[ForwardConfig, ScanConfig] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Array, State | None]:
@@ -124,13 +125,15 @@ def forward(
         these tokens do to a state, S -> decay S + own, all three transposed as the second pass has them: float32 decay
         [b, hk, 1, k], own [b, hk, v, k] and result [b, hk, v, k].
       output_final_state: whether to return the state after the last token.
+      starts: [b, t] bool, tokens before which the state is reset, as g = -inf there does. A chunk that is mild but for
+        these is nearly as fast as one without.
       config: the tuning, of two passes for a function; the table's for these shapes if None.
       interpret: runs the kernels in Pallas' interpreter.
 
     Returns:
       o [b, t, h, v] of v's dtype, and the final state [b, hk, k, v] in float32 or None.
     """
-    return _forward(q, k, v, g, scale, initial_state, output_final_state, False, config, interpret)[:2]
+    return _forward(q, k, v, g, scale, initial_state, output_final_state, False, starts, config, interpret)[:2]
 
 
 def forward_and_states(
@@ -142,24 +145,34 @@ def forward_and_states(
     initial_state: State | None = None,
     output_final_state: bool = False,
     *,
+    starts: Starts | None = None,
     config: ForwardConfig | tuple[ForwardConfig, ScanConfig] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Array, State | None, States]:
     """`forward`'s two results and the states before all chunks, for `backward`; where `saves_states` says so.
 
     Args:
-      q, k, v, g, scale, initial_state, output_final_state, config, interpret: as `forward`'s.
+      q, k, v, g, scale, initial_state, output_final_state, starts, config, interpret: as `forward`'s.
 
     Raises:
       ValueError: the tuning is of two passes, which keep no states.
     """
-    o, state, states = _forward(q, k, v, g, scale, initial_state, output_final_state, True, config, interpret)
+    o, state, states = _forward(q, k, v, g, scale, initial_state, output_final_state, True, starts, config, interpret)
     assert states is not None
     return o, state, states
 
 
-def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states, config, interpret):
+def reset_at_starts(g, starts, k):
+    """g and starts as the kernels take them: of gates a token (and none) the starts go into g, [b, t, hk] float32."""
+    if starts is None or (g is not None and g.ndim == 4):
+        return g, starts
+    g = jnp.zeros(k.shape[:3], jnp.float32) if g is None else g
+    return jnp.where(starts[..., None], -jnp.inf, g), None
+
+
+def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states, starts, config, interpret):
     batch, time, heads, key_size = q.shape
+    g, starts = reset_at_starts(g, starts, k)
     value_size = v.shape[-1]
     gate_parts = 0 if g is None or g.ndim == 3 else 1 if g.dtype == q.dtype else 2
     chunks = pl.cdiv(time, CHUNK)
@@ -172,7 +185,6 @@ def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states
 
     padded_time = max(CHUNK, -(-time // 8) * 8)
     widths = scan.key_blocks * WIDTH, -(-value_size // scan.value_width) * scan.value_width
-    given = g
     g = _pad(_parts(g, q.dtype), padded_time, widths[0], axes=(1, 4)) if gate_parts else _sums_of_chunks(g, k)
     q, k = (_pad(x, padded_time, widths[0]) for x in (q, k))
     v = _pad(v, padded_time, widths[1])
@@ -194,9 +206,9 @@ def _forward(q, k, v, g, scale, initial_state, output_final_state, output_states
                 f"config.splits={scan.splits} takes times that are multiples of {scan.splits * CHUNK}, and no gates of "
                 f"float32 a channel; got {time} and gates of {gate_parts} parts"
             )
-        initial_state = _entering_states(k, v, given, initial_state, scan.splits, interpret)
+        initial_state = _entering_states(k, v, g, starts, initial_state, scan.splits, interpret)
     options = {"config": config, "chunks": chunks, "gate_parts": gate_parts, "interpret": interpret}
-    o, state, states = run(q, k, v, g, scale, initial_state, output_final_state, **options)
+    o, state, states = run(q, k, v, g, starts, scale, initial_state, output_final_state, **options)
     return o[:, :time, :, :value_size], None if state is None else state[:, :, :key_size, :value_size], states
 
 
@@ -216,13 +228,27 @@ def _kernel(body, threads, scratch, out_type, grid, config, interpret, **options
 
 
 def _one_pass(
-    q, k, v, g, scale, initial_state, output_final_state, *, output_states, config, chunks, gate_parts, interpret
+    q,
+    k,
+    v,
+    g,
+    starts,
+    scale,
+    initial_state,
+    output_final_state,
+    *,
+    output_states,
+    config,
+    chunks,
+    gate_parts,
+    interpret,
 ):
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
+    marks = () if starts is None else (mark_starts(starts, chunks),)
     if config.splits > 1:
         cut = lambda x: x.reshape(batch * config.splits, -1, *x.shape[2:])
-        q, k, v = cut(q), cut(k), cut(v)
+        q, k, v, *marks = (cut(x) for x in (q, k, v, *marks))
         g = cut(g) if gate_parts else jnp.moveaxis(cut(jnp.moveaxis(g, 1, 2)), 1, 2)
     parts, of_part = q.shape[:2]
     out_type = [jax.ShapeDtypeStruct((parts, of_part, heads, value_size), v.dtype)]
@@ -235,7 +261,7 @@ def _one_pass(
     kernel = _kernel(
         forward_kernel,
         config.threads,
-        scratch(config, q.dtype, gate_parts),
+        scratch(config, q.dtype, gate_parts, starts is not None),
         out_type,
         {"batch": parts, "head": heads, "part": value_size // config.value_width},
         config,
@@ -243,50 +269,47 @@ def _one_pass(
         chunks=chunks // config.splits,
         group=heads // kv_heads,
         scale=scale,
+        has_starts=starts is not None,
         has_initial=initial_state is not None,
         has_final=output_final_state,
         has_states=output_states,
         gate_parts=gate_parts,
     )
-    o, *found = kernel(q, k, v, g, *(() if initial_state is None else (initial_state,)))
+    o, *found = kernel(q, k, v, g, *marks, *(() if initial_state is None else (initial_state,)))
     final = found.pop(0)[config.splits - 1 :: config.splits] if output_final_state else None
     return o.reshape(batch, time, heads, value_size), final, States(*found) if output_states else None
 
 
 def _may_split(time, g, dtype):
-    """Whether one pass can cut a sequence: in whole chunks, and with gates that the walk ahead reads as they are.
-
-    Those of a token it reads rounded, as the backward does: a decay exp(-G) between two parts is off by G exp(-G) 2^-9.
-    """
+    """Whether one pass can cut a sequence: in whole chunks, and with gates that the walk ahead reads as they are."""
     return time % CHUNK == 0 and (g is None or g.ndim == 3 or g.dtype == dtype)
 
 
-def _entering_states(k, v, g, initial_state, splits, interpret):
+def _entering_states(k, v, g, starts, initial_state, splits, interpret):
     """The states [b * splits, hk, k, v] that enter each part of a sequence, from what all but the last add to them.
 
-    k and v are padded, g as given to `forward`.
+    k, v and g are as the kernel of one pass takes them, starts as given to `forward`.
     """
     batch, time, kv_heads, key_size = k.shape
     value_size = v.shape[-1]
     config = choose_backward(key_size, value_size, k.dtype)
     width = -(-value_size // (VALUE_BLOCKS * WIDTH)) * VALUE_BLOCKS * WIDTH
     v = _pad(v, time, width)
-    g = jnp.zeros((batch, time, kv_heads, 1), k.dtype) if g is None else g if g.ndim == 4 else g[..., None]
-    g = g.astype(k.dtype)
-    g = _pad(g, time, key_size) if g.shape[-1] > 1 else jnp.broadcast_to(g, k.shape)
     # Each part is walked in several, where there is room for them, and what they add is added up.
     blocks = batch * kv_heads * (splits - 1) * (width // (VALUE_BLOCKS * WIDTH))
     several = next(n for n in (8, 4, 2, 1) if n == 1 or (n * blocks <= 132 and time // CHUNK % (n * splits) == 0))
     kind = backward_states.Walk(kv_heads, totals=True, of=splits * several, first=(splits - 1) * several)
     cut = lambda x: x.reshape(batch * splits * several, -1, *x.shape[2:])
-    walked = backward_states.walk(config, interpret, (kind, cut(k), cut(v), cut(g), None))
+    g = jnp.moveaxis(cut(jnp.moveaxis(g, 1, 2)), 1, 2) if g.ndim == 3 else cut(g[:, :, :, 0])
+    marks = None if starts is None else cut(mark_starts(starts, time // CHUNK))
+    walked = backward_states.walk(config, interpret, (kind, cut(k), cut(v), g, None), marks=marks)
     initial = None if initial_state is None else _pad(initial_state, key_size, width, axes=(2, 3))
     before, after = backward_states.through_parts(initial, walked, (splits - 1) * several)
     states = jnp.concatenate([before[:, ::several], after[:, None]], 1)
     return states.reshape(batch * splits, kv_heads, key_size, width)[..., :value_size]
 
 
-def _two_passes(q, k, v, g, scale, initial_state, output_final_state, *, config, chunks, gate_parts, interpret):
+def _two_passes(q, k, v, g, starts, scale, initial_state, output_final_state, *, config, chunks, gate_parts, interpret):
     gate, scan = config
     batch, time, heads, key_size = q.shape
     kv_heads, value_size = v.shape[2:]
@@ -302,7 +325,7 @@ def _two_passes(q, k, v, g, scale, initial_state, output_final_state, *, config,
     kernel = _kernel(
         gate_kernel.gate_kernel,
         gate.threads,
-        gate_kernel.scratch(gate, q.dtype, gate_parts),
+        gate_kernel.scratch(gate, q.dtype, gate_parts, starts is not None),
         (tiles, tiles, scores, shape(jnp.float32, scan.key_blocks, CHUNK)),
         {"batch": batch, "head": heads, "part": parts},
         gate,
@@ -311,7 +334,7 @@ def _two_passes(q, k, v, g, scale, initial_state, output_final_state, *, config,
         group=heads // kv_heads,
         gate_parts=gate_parts,
     )
-    gated = kernel(q, k, g)
+    gated = kernel(q, k, g, *(() if starts is None else (mark_starts(starts, parts * own),)))
 
     def run(reads, initial, has_final):
         out_type = [jax.ShapeDtypeStruct((batch, time, heads, value_size), v.dtype)] if reads else []

@@ -29,10 +29,10 @@ _F32 = jnp.float32
 _ACC = plgpu.ACC((CHUNK, CHUNK), _F32)
 
 
-def scratch(config, dtype, gate_parts):
-    """Shared memory and barriers of one block, by name; gate_parts as `forward_kernel`'s."""
+def scratch(config, dtype, gate_parts, has_starts=False):
+    """Shared memory and barriers of one block, by name; gate_parts and has_starts as `forward_kernel`'s."""
     c, tile, _tile = config, (CHUNK, CHUNK), gating.tile_memory
-    return {
+    return marks_scratch(config, has_starts) | {
         # Slots of q, as many of k, and a tile of zeros.
         "qk": _tile((2 * c.qk_slots + 1, *tile), dtype),
         "g": _tile((c.g_slots, gate_parts, *tile), dtype)
@@ -59,6 +59,17 @@ def scratch(config, dtype, gate_parts):
     }
 
 
+def marks_scratch(config, has_starts):
+    """What the gaters need besides where sequences can begin inside chunks."""
+    if not has_starts:
+        return {}
+    return {
+        "marks": plgpu.SMEM((config.score_slots, gating.MARKS, CHUNK), _F32),
+        "marks_loaded": plgpu.Barrier(num_barriers=config.score_slots),
+        "marks_free": plgpu.Barrier(num_arrivals=config.block_gaters, num_barriers=config.score_slots),
+    }
+
+
 def slot_of(n, slots, i=0, of=1, zero=None):
     """The ring's slot of the i-th of `of` tiles of chunk n."""
     if of == slots:
@@ -66,15 +77,18 @@ def slot_of(n, slots, i=0, of=1, zero=None):
     return lax.rem(n * of + i, jnp.int32(slots))
 
 
-def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, has_states, gate_parts, interpret):
-    """The body; refs are q, k, v, g, [initial state], o, [final state], [states, mild], then the scratch.
+def forward_kernel(
+    *refs, config, chunks, group, scale, has_starts, has_initial, has_final, has_states, gate_parts, interpret
+):
+    """The body; refs are q, k, v, g, [marks], [initial state], o, [final state], [states, mild], then the scratch.
 
     g is [b, t, hk, gate_parts, k], whose parts sum up to the gate; or for gate_parts = 0 [b, hk, t], a gate a token in
-    float32, already summed up inside each chunk. Where sequences are cut in config.splits, each part is one of the
-    batch, but states and mild are of whole ones.
+    float32, already summed up inside each chunk. marks are `gating.mark_starts`'s, for gates a channel. Where sequences
+    are cut in config.splits, each part is one of the batch, but states and mild are of whole ones.
     """
     q, k, v, g, *refs, s = refs
     refs = iter(refs)
+    marks = next(refs) if has_starts else None
     initial = next(refs) if has_initial else None
     o = next(refs)
     final = next(refs) if has_final else None
@@ -125,10 +139,10 @@ def forward_kernel(*refs, config, chunks, group, scale, has_initial, has_final, 
     @pl.when(warpgroup == first_gater + config.gaters)
     def _load():
         plgpu.set_max_registers(config.load_registers, action=config.action(config.load_registers))
-        load_tiles(s, config, chunks, gate_parts, q, k, v, g, (batch, head, kv_head, v_start))
+        load_tiles(s, config, chunks, gate_parts, q, k, v, g, marks, (batch, head, kv_head, v_start))
 
 
-def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
+def load_tiles(s, config, chunks, gate_parts, q, k, v, g, marks, place):
     """The loader role."""
     batch, head, kv_head, v_start = place
     copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
@@ -144,6 +158,9 @@ def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
 
     def chunk(n, _):
         tokens = pl.ds(n * CHUNK, CHUNK)
+        if marks is not None:
+            slot = wait_free("marks_free", config.score_slots, n)
+            copy(marks.at[batch, n], s["marks"].at[slot], s["marks_loaded"].at[slot])
         for i in range(config.key_blocks):
             channels = pl.ds(i * CHUNK, CHUNK)
             if gate_parts:
@@ -167,6 +184,8 @@ def load_tiles(s, config, chunks, gate_parts, q, k, v, g, place):
     # Every completion of a barrier has to be seen.
     tiles = chunks * config.key_blocks
     ends = [("qk_free", tiles, config.qk_slots), ("g_free", tiles if gate_parts else chunks, config.g_slots)]
+    if marks is not None:
+        ends.append(("marks_free", chunks, config.score_slots))
     for name, count, slots in (*ends, ("v_free", chunks, config.v_slots)):
         for n in range(max(0, count - slots), count):
             plgpu.barrier_wait(s[name].at[n % slots])
@@ -209,6 +228,12 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
         def _wait():
             plgpu.barrier_wait(s["scores_free"].at[score_slot])
 
+        starts = None
+        if "marks" in s:
+            plgpu.barrier_wait(s["marks_loaded"].at[score_slot])
+            starts = gating.Starts.read(s["marks"].at[score_slot])
+        # Scores of a tile that is alone in its chunk are not summed up, but where they are masked before it is cut.
+        sums_up = own > 1 or starts is not None
         if not scalar_gate:
             number[1] = jnp.int32(0)
         tools = gating.Tools(s["triangle"].at[gater], scores, s["strong"].at[gater], rows, number)
@@ -242,13 +267,14 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
 
             ready = lambda: plgpu.barrier_wait(s["qk_loaded"].at[slot])
             done = lambda: plgpu.barrier_arrive(s["g_free"].at[g_slot])
-            sums = None if own == 1 else a
-            is_mild, sums = gating.gate_tile(q, k, g, e, half, sums, factors, tools, config.mild, ready, done)
+            sums = a if sums_up else None
+            is_mild, sums = gating.gate_tile(q, k, g, e, half, sums, factors, tools, config.mild, ready, done, starts)
             if note is not None:
                 note(n, block, is_mild)
             arrive("gated", slot)
-            # A strong tile's scores are in tools.strong: in `a` it meets zeros.
-            return a if own == 1 else sums, slot, jnp.where(is_mild, config.qk_slots + slot, zeros)
+            # A strong tile's scores are in tools.strong, a cut one's in `a`: they meet zeros.
+            meets = is_mild if starts is None else is_mild & jnp.logical_not(starts.parts_tokens)
+            return sums if sums_up else a, slot, jnp.where(meets, config.qk_slots + slot, zeros)
 
         carry = gating.nothing(_F32), zeros, zeros
         carry = tile(jnp.int32(0), carry) if own == 1 else lax.fori_loop(jnp.int32(0), jnp.int32(own), tile, carry)
@@ -259,9 +285,11 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
             plgpu.barrier_arrive(s["g_free"].at[g_slot])
         else:
             last = gating.matmul(s["qk"].at[before], s["qk"].at[before_k].T)
-            a = last if own == 1 else a + last
+            a = a + last if sums_up else last
             arrive("qk_free", before)
-            gating.write_scores(scores, a, mask, tools)
+            gating.write_scores(scores, a, mask, tools, starts)
+            if starts is not None:
+                plgpu.barrier_arrive(s["marks_free"].at[score_slot])
         if at_end is not None:
             for j in range(own):
                 at_end(slot_of(n, config.qk_slots, share * own + j, config.key_blocks))

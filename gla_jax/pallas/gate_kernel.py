@@ -13,17 +13,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gla_jax.pallas import gating
-from gla_jax.pallas.forward_kernel import gate_chunks, slot_of
+from gla_jax.pallas.forward_kernel import gate_chunks, marks_scratch, slot_of
 from gla_jax.pallas.gating import CHUNK
 
 _F32 = jnp.float32
 
 
-def scratch(config, dtype, gate_parts):
-    """Shared memory and barriers of one block, by name; gate_parts as `forward_kernel`'s."""
+def scratch(config, dtype, gate_parts, has_starts=False):
+    """Shared memory and barriers of one block, by name; gate_parts and has_starts as `forward_kernel`'s."""
     c = config
     tile = lambda *shape: gating.tile_memory((*shape, CHUNK, CHUNK), dtype)
-    return {
+    return marks_scratch(config, has_starts) | {
         # Slots of q, as many of k, and a tile of zeros.
         "qk": tile(2 * c.qk_slots + 1),
         "g": tile(c.g_slots, gate_parts) if gate_parts else plgpu.SMEM((c.g_slots, CHUNK), _F32),
@@ -42,8 +42,12 @@ def scratch(config, dtype, gate_parts):
     }
 
 
-def gate_kernel(q, k, g, q_out, k_out, scores_out, kappa_out, s, *, config, chunks, group, gate_parts, interpret):
-    """The body; arguments as `forward_kernel`'s and `scan_kernel`'s. chunks: those of one block."""
+def gate_kernel(q, k, g, *refs, config, chunks, group, gate_parts, interpret):
+    """The body; refs are [marks], then `scan_kernel`'s operands, then the scratch, arguments as `forward_kernel`'s.
+
+    chunks: those of one block.
+    """
+    *marks, q_out, k_out, scores_out, kappa_out, s = refs
     c = config
     warpgroup = lax.axis_index("role")
     batch, head, start = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part") * chunks
@@ -64,10 +68,10 @@ def gate_kernel(q, k, g, q_out, k_out, scores_out, kappa_out, s, *, config, chun
         sources = q.at[batch, :, head], k.at[batch, :, kv_head]
         gates = g.at[batch, :, kv_head] if gate_parts else g.at[batch, kv_head]
         outputs = tuple(x.at[batch, head] for x in (q_out, k_out, scores_out, kappa_out))
-        _move_chunks(s, c, start, chunks, gate_parts, sources, gates, outputs)
+        _move_chunks(s, c, start, chunks, gate_parts, sources, gates, [x.at[batch] for x in marks], outputs)
 
 
-def _move_chunks(s, c, start, chunks, gate_parts, sources, gates, outputs):
+def _move_chunks(s, c, start, chunks, gate_parts, sources, gates, marks, outputs):
     """Loads tiles, and stores them when they are gated."""
     copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
     blocks = c.key_blocks
@@ -91,11 +95,18 @@ def _move_chunks(s, c, start, chunks, gate_parts, sources, gates, outputs):
             if not gate_parts:
                 copy(gates.at[tokens(n)], s["g"].at[slot], s["g_loaded"].at[slot])
 
+    def load_marks(n):
+        for source in marks:
+            slot = slot_of(n, c.score_slots)
+            copy(source.at[start + n], s["marks"].at[slot], s["marks_loaded"].at[slot])
+
     def wait_g_free(n):
         for i in range(gate_tiles):
             plgpu.barrier_wait(s["g_free"].at[slot_of(n, c.g_slots, i, gate_tiles)])
 
     ahead, g_ahead = c.qk_slots // blocks, c.g_slots // gate_tiles
+    for n in range(min(c.score_slots, chunks)):
+        load_marks(jnp.int32(n))
     for n in range(min(g_ahead, chunks)):
         load_g(jnp.int32(n))
     for n in range(min(ahead, chunks)):
@@ -106,6 +117,9 @@ def _move_chunks(s, c, start, chunks, gate_parts, sources, gates, outputs):
         wait_g_free(n)
         pl.when(n + g_ahead < chunks)(lambda: load_g(n + g_ahead))
         score_slot = slot_of(n, c.score_slots)
+        for _ in marks:
+            plgpu.barrier_wait(s["marks_free"].at[score_slot])
+            pl.when(n + c.score_slots < chunks)(lambda: load_marks(n + c.score_slots))
         plgpu.barrier_wait(s["scored"].at[score_slot])
         first = lax.rem(n, jnp.int32(ahead)) * blocks
         slots, k_slots = pl.ds(first, blocks), pl.ds(c.qk_slots + first, blocks)

@@ -14,6 +14,10 @@ A tile that hard resets of whole tokens alone keep from being mild is gated as i
 score across a reset, q~ = 0 after the first one, k~ = 0 before the last one, keep = 0. There q~ takes exp(B/2), and
 read = 1: in a tile that is not mild the state is read as it is, which the backward relies on.
 
+Where sequences begin inside a chunk (`Starts`), a mild tile is cut the same way, with less work: all of a chunk's tiles
+are cut at the same tokens, so A is masked once, and nothing is looked for in g; where one begins at the first token and
+no other, read = keep = 0 is all. In any other tile those tokens' gates become hard resets.
+
 Any other tile takes factors that are at most 1, whatever the gates: q~ = q exp(b_i), k~ = k exp(B - b_j), read = 1,
 keep = exp(B), post = 1, and A in six levels. At level m, a token i in the right half of a block of 2^(m+1) tokens meets
 a token j in its left half through the middle of the block: A_ij = (q_i D(middle..i)) . (k_j D(j+1..middle-1)), where D
@@ -57,6 +61,74 @@ class Tools(NamedTuple):
     strong: Any
     rows: Any
     number: Any
+
+
+class Starts(NamedTuple):
+    """Where sequences begin in a chunk.
+
+    Attributes:
+      count: [64] along the rows, how many begin up to token i.
+      is_start: [64] along the rows, above 0 where one does.
+      first, last: the count at the chunk's first token, 0 or 1, and at its last.
+      marks: `mark_starts`'s of the chunk, in shared memory.
+    """
+
+    count: Any
+    is_start: Any
+    first: Any
+    last: Any
+    marks: Any
+
+    @classmethod
+    def read(cls, marks):
+        """Of a chunk's marks."""
+        whole = lambda x: x.astype(jnp.int32).astype(jnp.float32)
+        both = plgpu.load(marks.at[0], layout=_ROWS)
+        return cls(whole(both), both - whole(both), whole(marks[0, 0]), whole(marks[0, CHUNK - 1]), marks)
+
+    @property
+    def parts_tokens(self):
+        """Whether tokens of the chunk are of different sequences."""
+        return self.last > self.first
+
+    def before_first(self, x):
+        """x, with zeros in the rows of tokens that see nothing of what enters the chunk."""
+        return jnp.where(along_rows(self.count) > 0.0, 0.0, x)
+
+    def after_last(self, x):
+        """x, with zeros in the rows of tokens that nothing after the chunk sees."""
+        return jnp.where(along_rows(self.count) < self.last, 0.0, x)
+
+    def same(self, x, row=None):
+        """x [64, 64] where both tokens are of one sequence, else 0; with a scratch row it reads one of marks alone."""
+        if row is not None:
+            row[...] = self.count
+            plgpu.commit_smem()
+        across = plgpu.load(self.marks.at[1] if row is None else row, layout=_COLUMNS)
+        return jnp.where(along_rows(self.count) == along_columns(across), x, 0.0)
+
+    def keep(self, x):
+        """x if no sequence begins, else 0."""
+        return x * jnp.where(self.last > 0.0, 0.0, 1.0)
+
+    def reset(self, g, value=FLOOR):
+        """g with another value in the rows of tokens that begin a sequence."""
+        return jnp.where(along_rows(self.is_start) > 0.0, value, g)
+
+
+MARKS = 2
+
+
+def mark_starts(starts, chunks):
+    """What `Starts` reads, [b, chunks, 2, 64] float32, of starts [b, t] bool.
+
+    The count is there twice, as a row read in two layouts would have to be stored in between; the first has half of one
+    more where a sequence begins.
+    """
+    batch, time = starts.shape
+    starts = jnp.pad(starts, ((0, 0), (0, chunks * CHUNK - time))).reshape(batch, chunks, CHUNK).astype(jnp.float32)
+    counts = jnp.cumsum(starts, axis=-1)
+    return jnp.stack([counts + 0.5 * starts, counts], axis=2)
 
 
 def tile_memory(shape, dtype):
@@ -177,7 +249,7 @@ def _least(e, row):
     return row[CHUNK - 1]
 
 
-def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_g):
+def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_g, starts=None):
     """Gates one tile in place.
 
     Args:
@@ -190,10 +262,12 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
       mild: the largest |B| that the centred form takes.
       wait_for_qk: called before q and k are read.
       done_with_g: called when g is no longer needed.
+      starts: the chunk's `Starts`, if sequences can begin inside; a is then given.
 
     Returns:
       Whether the tile is mild; otherwise its scores are in `tools.strong`.
-      `a`, or zeros where it has been moved to `tools.strong`.
+      `a`, or zeros where it has been moved to `tools.strong`. Of a mild tile whose tokens are of several sequences it
+      has the scores already: q~ and k~ are cut.
     """
     is_mild = _least(e, tools.rows.at[0]) >= -0.5 * mild
     wait_for_qk()
@@ -201,15 +275,27 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
     def centred(*a):
         done_with_g()
         factor = jnp.exp(half)
-        for i in range(3):
-            factors[i] = factor
+        factors[0] = factor if starts is None else factor * (1.0 - starts.first)
+        factors[1] = factor if starts is None else starts.keep(factor)
+        factors[2] = factor
         _scale(q, k, e)
         plgpu.commit_smem()
-        return a
+        return a if starts is None else lax.cond(starts.parts_tokens, cut, lambda *a: a, *a)
+
+    def cut(a):
+        assert starts is not None
+        a += matmul(q, k.T)
+        plgpu.commit_smem()
+        q[...] = starts.before_first(load(q)).astype(q.dtype)
+        k[...] = starts.after_last(load(k)).astype(k.dtype)
+        plgpu.commit_smem()
+        return (a,)
 
     def strong(*a):
         for x in a:
             _add_strong(jnp.where(_in_lower(), x, 0.0), tools)
+        if starts is not None:
+            _store_gate(g, starts.reset(_load_gate(g)))
         _gate_with_resets(q, k, g, factors, tools, mild, bool(a))
         done_with_g()
         # Between barriers: all warps have read what it was.
@@ -241,7 +327,7 @@ def _add_strong(a, tools, full=False):
     tools.strong[...] = (before + a).astype(tools.strong.dtype)
 
 
-def write_scores(scores, a, mask, tools):
+def write_scores(scores, a, mask, tools, starts=None):
     """Writes a chunk's scores.
 
     Args:
@@ -249,12 +335,19 @@ def write_scores(scores, a, mask, tools):
       a: [64, 64] float32, the sum of the mild tiles' scores, to be masked.
       mask: `lower_mask()`.
       tools: the gater's own, with the sum of the strong tiles' scores.
+      starts: the chunk's `Starts`; None if no sequence can begin inside.
     """
     scores[...] = lower(a.astype(scores.dtype), mask)
 
     @pl.when(tools.number[1] > 0)
     def _add():
         scores[...] = (load(scores) + load(tools.strong)).astype(scores.dtype)
+
+    if starts is not None:
+
+        @pl.when(starts.parts_tokens)
+        def _cut():
+            scores[...] = starts.same(load(scores)).astype(scores.dtype)
 
     plgpu.commit_smem()
 

@@ -302,6 +302,88 @@ def test_chunks_in_parallel_lower(b, t, kernels):
     assert lower_for_h100(f, keys, values).as_text().count("@mosaic_gpu") == kernels
 
 
+# With states from the forward and without, all chunks in parallel, in parts.
+STARTS = [
+    ("mild", (1, 130, 2, 1, 64, 64), {}),
+    ("mild", (1, 130, 1, 1, 128, 128), {"saved": True}),
+    ("mild", (1, 130, 1, 1, 128, 192), {}),
+    *(
+        pytest.param(*x, marks=pytest.mark.exhaustive)
+        for x in (
+            ("mixed", (1, 130, 1, 1, 64, 100), {"saved": True}),
+            ("mixed", (1, 130, 1, 1, 128, 128), {}),
+            ("mixed", (1, 130, 1, 1, 256, 128), {}),
+            ("mild", (1, 256, 1, 1, 128, 128), {"time_parts": 2}),
+            ("mild", (1, 256, 1, 1, 128, 128), {"saved": True, "time_parts": 2}),
+            ("mild", (1, 300, 1, 1, 128, 128), {"time_parts": 3}),
+            ("mild", (1, 300, 1, 1, 128, 192), {"time_parts": 2}),
+        )
+    ),
+]
+
+
+def with_starts(call, how, where, q, k, v, g, scale, state, do, dfinal):
+    """The gradients where sequences begin at `where`."""
+    how, options = dict(how), {"starts": jnp.asarray(where)}
+    if how.pop("saved", False):
+        tuning = TUNING[-(-k.shape[-1] // 64)]
+        found = call(forward_and_states)(q, k, v, g, scale, state, starts=options["starts"], config=tuning)
+        options["saved"] = found[2]
+    config = dataclasses.replace(choose_backward(k.shape[-1], v.shape[-1], q.dtype), **how)
+    return call(backward)(q, k, v, g, scale, state, do, dfinal, config=config, **options)
+
+
+def check_starts(call, kind, shape, how, where, dtype="bfloat16"):
+    b, t, h, hk, k, v = shape
+    q, key, value, g, state = arguments(kind, b, t, h, k, v, hk=hk, dtype=dtype)
+    do, dfinal = cotangents(value, h, state, dtype)
+    reset = jnp.where(where[..., None, None], -jnp.inf, g)
+    want = recurrence_gradients(q, key, value, reset, k**-0.5, state, do, dfinal)
+    got = with_starts(call, how, where, q, key, value, g, k**-0.5, state, do, dfinal)
+    of_gate, of_others = TOLERANCE[dtype]
+    errors = {name: relative(x, y) for name, x, y in zip(got._fields, got, want, strict=True)}
+    assert errors.pop("g") < of_gate
+    assert max(errors.values()) < of_others, errors
+    assert not np.any(np.asarray(got.g, np.float32)[where])
+
+
+@pytest.mark.parametrize(("kind", "shape", "how"), STARTS, ids=str)
+def test_sequences_that_begin_inside_chunks(kind, shape, how):
+    """As with g = -inf there: at chunks' first tokens, inside and at the last, in one chunk and in several."""
+    where = np.zeros(shape[:2], bool)
+    where[:, [64, 70, 90, 127]] = True
+    check_starts(lambda f: functools.partial(small.interpreted, f), kind, shape, how, where)
+
+
+@pytest.mark.exhaustive
+def test_sequences_that_begin_inside_chunks_in_float16():
+    where = np.zeros((1, 130), bool)
+    where[:, [70, 128]] = True
+    call = lambda f: functools.partial(small.interpreted, f)
+    check_starts(call, "mild", (1, 130, 1, 1, 64, 64), {}, where, "float16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ((2, 1000, 4, 4, 64, 128), {"saved": True}),
+        ((2, 1000, 4, 2, 128, 128), {"saved": True}),
+        ((2, 1000, 2, 2, 128, 128), {}),
+        ((2, 1500, 2, 2, 128, 256), {}),
+        ((1, 1500, 2, 2, 256, 512), {}),
+    ],
+    ids=str,
+)
+def test_sequences_that_begin_inside_chunks_on_the_gpu(kind, shape, how):
+    where = np.random.default_rng(3).random(shape[:2]) < 0.03
+    # An initial state whose gradient does not vanish.
+    where[:, :40] = False
+    where[:, 128::192] = True
+    check_starts(lambda f: jax.jit(f, static_argnames=("scale", "config")), kind, shape, how, where)
+
+
 def test_few_blocks_cut_the_sequence():
     """132 multiprocessors, and no part under 8 chunks."""
     assert [choose_time_parts(blocks, 128) for blocks in (4, 32, 64, 128, 256)] == [16, 4, 2, 1, 1]

@@ -253,6 +253,62 @@ def test_on_the_gpu(kind, shape, dtype):
     check(on_the_gpu, kind, *shape, dtype=dtype)
 
 
+# One pass for k of 64 and of 128, two passes. Two tunings of the first, of which one cuts the sequence in two.
+STARTS = [
+    ("mild", (1, 130, 2, 1, 64, 64), {"one_pass": True}),
+    ("mild", (1, 200, 1, 1, 128, 128), {"one_pass": True}),
+    ("mild", (1, 130, 1, 1, 256, 64), {}),
+    ("mixed", (1, 130, 1, 1, 128, 128), {"one_pass": True}),
+    *(
+        pytest.param(*x, marks=pytest.mark.exhaustive)
+        for x in (
+            ("mixed", (1, 130, 2, 1, 64, 64), {"one_pass": True}),
+            ("mixed", (1, 130, 2, 1, 256, 64), {}),
+            ("resets", (2, 200, 1, 1, 128, 128), {}),
+            ("mild", (2, 256, 1, 1, 64, 64), {"one_pass": True, "splits": 2}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "how"), STARTS, ids=str)
+@pytest.mark.parametrize("gate_dtype", [None, pytest.param("float32", marks=pytest.mark.exhaustive)])
+def test_sequences_that_begin_inside_chunks(kind, shape, how, gate_dtype):
+    """As with g = -inf there: inside a chunk and at its last token; at the first of one, and both."""
+    b, t, h, hk, k, v = shape
+    how = dict(how)
+    splits = how.pop("splits", 1)
+    if splits > 1 and gate_dtype is not None:
+        pytest.skip("parts of sequences take no float32 gates a channel")
+    q, key, value, g, state = arguments(kind, b, t, h, k, v, hk=hk, gate_dtype=gate_dtype)
+    config = choose_forward(k, v, b * h, -(-t // 64), q.dtype, wide_gate=gate_dtype is not None, **how)
+    config = dataclasses.replace(config, splits=splits) if splits > 1 else config
+    where = np.zeros((b, t), bool)
+    where[:, [5, 40, 63, 64, 128, 129]] = True
+    o, final = interpreted(q, key, value, g, k**-0.5, state, True, starts=jnp.asarray(where), config=config)
+    want = recurrence(q, key, value, jnp.where(where[..., None, None], -jnp.inf, g), k**-0.5, state)
+    tolerance = (TOLERANCE if kind == "mild" else STRONG_TOLERANCE)["bfloat16"]
+    assert relative(o, want[0]) < tolerance
+    assert relative(final, want[1]) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize(
+    "shape", [(2, 1000, 4, 64, 128), (2, 1000, 60, 128, 128), (2, 4096, 8, 128, 128), (2, 500, 2, 256, 512)], ids=str
+)
+def test_sequences_that_begin_inside_chunks_on_the_gpu(kind, shape):
+    q, k, v, g, state = arguments(kind, *shape)
+    rng = np.random.default_rng(3)
+    where = rng.random(shape[:2]) < 0.03
+    where[:, 64 * np.arange(0, shape[1] // 64, 3)] = True
+    call = jax.jit(lambda *x: forward(*x[:4], 1.0, x[4], True, starts=x[5]))
+    o, final = call(q, k, v, g, state, jnp.asarray(where))
+    want = recurrence(q, k, v, jnp.where(where[..., None, None], -jnp.inf, g), 1.0, state)
+    assert relative(o, want[0]) < 5e-3
+    assert relative(final, want[1]) < 5e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", GATES)
 def test_a_gate_a_token_on_the_gpu(kind):
