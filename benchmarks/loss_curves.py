@@ -5,6 +5,7 @@
 Both take the same batches of the shipped corpus from the same initial parameters, with AdamW; float32 products are
 whole ("highest"). The end is the mean of the last 20 steps. --controls says what such runs differ by anyway: "xla" in
 bfloat16, and in float32 with products of TF32; --runs takes some of the four. --small is for a CPU: "xla" alone.
+--seed is that of weights and data; records that do not tell it are of 0.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--of", type=int, help="steps of the whole run, of whose schedule these are the first")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--runs", nargs="+", metavar="NAME")
@@ -68,6 +70,7 @@ def main() -> None:
             steps=arguments.of or arguments.steps,
             batch=arguments.batch,
             length=arguments.length,
+            seed=arguments.seed,
             mesh=MeshConfig(data=1),
             optimizer="adamw",
         )
@@ -85,6 +88,7 @@ def main() -> None:
     print(f"the last {LAST} steps: {ends}; from {reference}:", {name: f"{100 * x:.3f} %" for name, x in apart.items()})
     record = {
         **begin("loss curves", ["python", "-m", "benchmarks.loss_curves", *sys.argv[1:]]),
+        "seed": arguments.seed,
         "batch": arguments.batch,
         "of": arguments.of or arguments.steps,
         "length": arguments.length,

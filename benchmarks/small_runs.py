@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -180,13 +180,11 @@ def plus_minus(measured: Any, digits: int = 3) -> str:
     return mean if measured.size == 1 else f"{mean} ± {measured.std(ddof=1):.{digits}f}"
 
 
-def parse(
-    about: str, presets: dict, models: dict, arguments: Sequence[str] | None, more: Iterable[str] = ()
-) -> argparse.Namespace:
-    """An experiment's flags, and `words`, what was given: by default all of `models` run, and `more` by name."""
+def parse(about: str, presets: dict, models: dict, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """An experiment's flags, and `words`, what was given: by default all of `models` run."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--preset", choices=presets, default="h100", help="sizes (default: %(default)s)")
-    parser.add_argument("--models", nargs="*", choices=[*models, *more], default=list(models), help="some of them")
+    parser.add_argument("--models", nargs="*", choices=list(models), default=list(models), help="some of them")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the record; its plot goes beside it")
     words = sys.argv[1:] if arguments is None else list(arguments)
     return parser.parse_args(words, argparse.Namespace(words=words))

@@ -36,6 +36,7 @@ if importlib.util.find_spec("gla_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,12 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from flax import nnx
 
 from gla_jax import gated_linear_attention
-from gla_jax.nn import CausalLM, CausalLMConfig, GatedLinearAttention, GatedLinearAttentionConfig, generate
+from gla_jax.nn import CausalLMConfig, GatedLinearAttention, GatedLinearAttentionConfig, generate
 from gla_jax.nn.config import MIXERS
-from gla_jax.train import TrainConfig, load_corpus, load_model
-from gla_jax.train import train as train_run
+from gla_jax.train import TrainConfig, load_corpus, load_model, train
 
 plt.rcParams.update({"figure.dpi": 70, "figure.figsize": (7, 3)})
 
@@ -83,9 +82,10 @@ class SpreadGate(GatedLinearAttention):
         return g.reshape(*x.shape[:-1], self.num_kv_heads, self.head_k)
 
 
+call = nnx.jit(lambda layer, x: layer(x))
 layer = SpreadGate(64, num_heads=2, rngs=nnx.Rngs(0))
 x = jax.random.normal(jax.random.key(0), (2, 64, 64))
-print(layer(x).shape, "decays from", float(layer.decay(x).min()), "to", float(layer.decay(x).max()))
+print(call(layer, x).shape, "decays from", float(layer.decay(x).min()), "to", float(layer.decay(x).max()))
 
 # %% [markdown]
 # ## Checks
@@ -94,74 +94,47 @@ print(layer(x).shape, "decays from", float(layer.decay(x).min()), "to", float(la
 # those of the recurrence.
 
 # %%
-whole = layer(x)
-y, cache = layer.prefill(x[:, :56], layer.init_cache(2))
+whole = call(layer, x)
+y, cache = nnx.jit(lambda layer, x, cache: layer.prefill(x, cache))(layer, x[:, :56], layer.init_cache(2))
+decode = nnx.jit(lambda layer, x, cache: layer.step(x, cache))
 for i in range(56, 64):
-    y, cache = layer.step(x[:, i], cache)
+    y, cache = decode(layer, x[:, i], cache)
 np.testing.assert_allclose(y, whole[:, -1], rtol=1e-3, atol=1e-5)
 
-changed = layer(x.at[:, 50:].set(0.0))
+changed = call(layer, x.at[:, 50:].set(0.0))
 np.testing.assert_allclose(changed[:, :50], whole[:, :50], rtol=1e-4, atol=1e-6)
 
 graphdef, params = nnx.split(layer)
 slow = nnx.merge(graphdef, params)
 slow.implementation = "reference"
-of = lambda module: nnx.grad(lambda module: (module(x) ** 2).sum())(module)
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), of(layer), of(slow))
+of = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum()))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), of(layer, x), of(slow, x))
 print("the same")
 
 # %% [markdown]
 # ## Two models
 #
-# The same but for the gate, from the same seed.
-
+# The same but for the gate, from the same seed, trained as `gla-jax train` does it, on a text file. The name in `MIXERS` is what a run's
+# folder keeps of the new gate; another process that loads the run has to give it, too.
 
 # %%
-def make(mixer, seed=0):
-    sizes = {"vocab_size": 256, "hidden_size": 96, "num_layers": 2, "mlp_size": 192, "tie_embeddings": True}
-    return CausalLM(CausalLMConfig(mixer=mixer, init_std=0.05, **sizes), rngs=nnx.Rngs(seed))
-
+MIXERS["spread"] = SpreadGateConfig
+folder, length = Path(tempfile.mkdtemp()), 128
+corpus = load_corpus()
+(folder / "mine.txt").write_bytes(bytes(corpus.train[:500_000]).replace(b"\xff", b"\n"))
 
 options = {"num_heads": 2, "conv_size": 4}
 mixers = {"GLA": GatedLinearAttentionConfig(**options), "spread": SpreadGateConfig(**options)}
-for name, mixer in mixers.items():
-    print(f"{name:8s}", sum(p.size for p in jax.tree.leaves(nnx.state(make(mixer)))), "parameters")
-
-# %%
-corpus, length, rows = load_corpus(), 128, 4
-optimizer_of = lambda steps: optax.adamw(optax.cosine_decay_schedule(4e-3, steps), weight_decay=0.01)
-
-
-def loss_of(model, tokens):
-    logits = model(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-
-@nnx.jit
-def step(model, optimizer, tokens):
-    loss, grads = nnx.value_and_grad(loss_of)(model, tokens)
-    optimizer.update(model, grads)
-    return loss
-
-
-evaluate = nnx.jit(loss_of)
-
-
-def windows(stream, count, seed):
-    starts = np.random.default_rng(seed).integers(0, len(stream) - length - 1, (count, rows))
-    return np.stack([[stream[s : s + length + 1] for s in row] for row in starts]).astype(np.int32)
-
-
-# %%
-steps = 80
-train, held_out = windows(corpus.train, steps, 0), windows(corpus.validation, 10, 1)
+sizes = {"vocab_size": 256, "hidden_size": 96, "num_layers": 2, "mlp_size": 192, "tie_embeddings": True}
+how = {"data": folder / "mine.txt", "steps": 80, "length": length, "optimizer": "adamw", "sample": 0}
 models, curves = {}, {}
 for name, mixer in mixers.items():
-    model = models[name] = make(mixer)
-    optimizer = nnx.Optimizer(model, optimizer_of(steps), wrt=nnx.Param)
-    curves[name] = [float(step(model, optimizer, batch)) for batch in train]
-    score = np.mean([float(evaluate(model, batch)) for batch in held_out])
-    print(f"{name:8s} held out: {score / np.log(2):.3f} bits a byte")
+    model = CausalLMConfig(mixer=mixer, init_std=0.05, **sizes)
+    result = train(TrainConfig(run=folder / name, model=model, **how))
+    models[name] = load_model(result.run)
+    records = [json.loads(line) for line in (result.run / "log.jsonl").read_text().splitlines()]
+    curves[name] = [record["loss"] for record in records if "loss" in record]
+    print(f"{name:8s} held out: {result.bits_per_byte:.3f} bits a byte")
 
 # %%
 smooth = lambda x: np.convolve(x, np.ones(10) / 10, "valid")
@@ -176,7 +149,7 @@ _ = plt.legend()
 # looked at is *what* the gates do.
 
 # %%
-tokens = jnp.asarray(held_out[0])
+tokens = jnp.asarray(corpus.validation[: 4 * length].reshape(4, length), jnp.int32)
 for name, model in models.items():
     graphdef, params = nnx.split(model.layers)
     first = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params))  # blocks are stacked; take the first
@@ -194,18 +167,6 @@ _ = plt.legend()
 prompt = [list(b"KING. ")]
 out = generate(models["spread"], prompt, 80, key=jax.random.key(0), temperature=0.7)
 print(bytes(out[0].tolist()).decode(errors="replace"))
-
-# %% [markdown]
-# To train it as `gla-jax train` does, with checkpoints, a log and the same data, give it a name, which the run's folder keeps. Here
-# are a few steps of a model that is smaller than the command's:
-
-# %%
-MIXERS["spread"] = SpreadGateConfig
-model = CausalLMConfig.tiny("spread").replace(hidden_size=64, num_layers=2, mlp_size=128)
-with tempfile.TemporaryDirectory() as folder:
-    result = train_run(TrainConfig(run=Path(folder), model=model, steps=20, length=64, sample=0))
-    again = load_model(Path(folder))  # in another process too, once the name is given there
-print(f"held out: {result.bits_per_byte:.2f} bits a byte")
 
 # %% [markdown]
 # A gate with a formula that no layer has can use the op itself, with `g` of any of its shapes:

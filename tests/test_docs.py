@@ -46,6 +46,21 @@ def test_every_record_says_what_was_measured_where_and_when():
         assert shlex.split(record["command"]), path
 
 
+def test_every_record_is_in_a_table_or_named_on_a_page(monkeypatch):
+    shown, records = set(), tables.records
+
+    def noted(what):
+        found = records(what)
+        shown.update(name for name, _ in found)
+        return found
+
+    monkeypatch.setattr(tables, "records", noted)
+    pages = "".join(page.read_text() for page in PAGES)
+    tables.with_tables(pages)
+    names = {path.stem for path in tables.RESULTS.glob("*.json")}
+    assert {name for name in names - shown if f"{name}.json" not in pages} == set()
+
+
 def test_the_op_is_timed_line_by_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(op.SETS, "tiny", ("peers", [*op.SETS["tiny"][1], ("fla", "mild", op.SMALL)]))
     monkeypatch.setattr(op, "missing", lambda name: "it is not here" if name == "fla" else None)

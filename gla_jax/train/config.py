@@ -215,6 +215,9 @@ def config_from_json(fields: dict[str, Any]) -> TrainConfig:
 
 def _model_from_json(fields: dict[str, Any]) -> ModelConfig:
     def made(kind: str, **options: Any) -> Any:
+        if kind not in MIXERS:
+            known = f"gla_jax.nn.config.MIXERS does not have ({', '.join(MIXERS)})"
+            raise ValueError(f"its mixer is of kind {kind!r}, which {known}; a layer of your own must join it first")
         return MIXERS[kind](**options)
 
     if "mixer" not in fields:

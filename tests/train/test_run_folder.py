@@ -80,6 +80,10 @@ def test_folders_that_hold_something_else(tmp_path):
     (tmp_path / "config.json").write_text('{"corpus_sha256": "abc", "steps": 3}')
     with pytest.raises(InputError, match=r"argument RUN: .*config.json is not a run's"):
         load_config(tmp_path)
+    own = {"corpus_sha256": "abc", "data": None, "run": "x", "model": {"mixer": {"kind": "mine"}}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    with pytest.raises(InputError, match=r"its mixer is of kind 'mine', which .*MIXERS does not have \(gla, "):
+        load_config(tmp_path)
     with pytest.raises(
         InputError, match=r"argument RUN: .* has no config.json; give a folder that `gla-jax train` made"
     ):
