@@ -1,4 +1,4 @@
-"""Decoding on one GPU (issue 5, bar 3): tokens per second, time at a distance, and the step against its traffic.
+"""Decoding on one GPU: tokens per second, time at a distance, and the step against its traffic.
 
     python benchmarks/decode.py --out benchmarks/results/decode-h100.json    # GLA-1.3B, a minute
     python benchmarks/decode.py --tiny                                       # anywhere: a small model, as a trial

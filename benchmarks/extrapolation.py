@@ -118,6 +118,11 @@ def claims(results: dict[str, dict]) -> dict[str, str]:
         if name in rise:
             claim = f"{name} fails far out (its last bucket is more than 1 % above its first)"
             found[claim] = verdict(rise[name])
+    for name in ("RetNet", "Mamba"):
+        if {"GLA", name} <= set(bits):
+            # Above 0 for a seed if GLA is ahead in more than half of the buckets.
+            ahead = np.median(bits[name] - bits["GLA"], axis=1)
+            found[f"GLA is better than {name} in most buckets"] = verdict(ahead)
     if {"GLA", TRUNCATED} <= set(bits):
         better = bits["GLA"][:, -1] - bits[TRUNCATED][:, -1]
         found["truncated backpropagation is better than GLA in the last bucket"] = verdict(better)

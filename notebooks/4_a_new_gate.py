@@ -94,6 +94,7 @@ print(call(layer, x).shape, "decays from", float(layer.decay(x).min()), "to", fl
 # those of the recurrence.
 
 # %%
+assert (layer.decay(x) <= 0).all(), "a log decay above 0 lets the state grow"
 whole = call(layer, x)
 y, cache = nnx.jit(lambda layer, x, cache: layer.prefill(x, cache))(layer, x[:, :56], layer.init_cache(2))
 decode = nnx.jit(lambda layer, x, cache: layer.step(x, cache))
@@ -115,7 +116,8 @@ print("the same")
 # ## Two models
 #
 # The same but for the gate, from the same seed, trained as `gla-jax train` does it, on a text file. The name in `MIXERS` is what a run's
-# folder keeps of the new gate; another process that loads the run has to give it, too.
+# folder keeps of the new gate; another process that loads the run has to give it, too. Change the formula, and take a new folder: a run in an
+# old one goes on from where the old gate was.
 
 # %%
 MIXERS["spread"] = SpreadGateConfig
