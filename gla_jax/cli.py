@@ -101,7 +101,7 @@ class BenchScript:
 
     name: tyro.conf.Suppress[str]
     arguments: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Its own, after a "--": `-- --help` lists them."""
+    """Its own; `-- --help` lists them."""
 
 
 def _script(name: str, about: str) -> Any:
@@ -277,7 +277,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None], str]] = {
 
 def _parse(arguments: list[str], about: str) -> Any:
     """The config that the arguments make, of a command's kind."""
-    arguments, model = _model_of(arguments)
+    arguments, model = _model_of(_passed_on(arguments))
     default: dict[str, Any] = {"train": TrainConfig() if model is None else TrainConfig(model=model)}
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name, description=text, default=default.get(name, tyro.MISSING_NONPROP))]
@@ -295,6 +295,14 @@ def _parse(arguments: list[str], about: str) -> Any:
         except ValueError as error:
             raise InputError(f"argument --model.mixer: {error}") from None
     return config
+
+
+def _passed_on(arguments: list[str]) -> list[str]:
+    """The arguments with the "--" before those of a program of benchmarks/, if it was left out."""
+    command, script, own = arguments[:1], arguments[1:2], arguments[2:]
+    if command != ["bench"] or script in ([], ["train"]) or own[:1] in ([], ["--"], ["-h"], ["--help"]):
+        return arguments
+    return [*command, *script, "--", *own]
 
 
 def _model_of(arguments: list[str]) -> tuple[list[str], Any]:

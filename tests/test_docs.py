@@ -86,6 +86,11 @@ def test_the_op_is_timed_line_by_line(tmp_path, monkeypatch, capsys):
     assert "| 1, 64, 1, 16, 16 | 0.25 / " in tables.peers_table()
 
 
+def test_arguments_of_benchmarks_need_no_dashes():
+    found = [cli._parse(["bench", "mqar", *dashes, "--preset", "tiny"], "").what.arguments for dashes in ([], ["--"])]
+    assert found == [("--preset", "tiny")] * 2
+
+
 @pytest.mark.large
 def test_decoding_is_timed(tmp_path, monkeypatch):
     out = tmp_path / "decode-cpu.json"
