@@ -163,15 +163,17 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
         more, inside = matmuls([(t.scores, t.k)], [(t.scores.T, t.q)])
         dq += more
     z = load(t.q) * dq - load(t.k) * inside
-    dq = (dq * (jnp.exp2(e) * scale)).astype(t.q.dtype)
+    # Made again rather than held.
+    zero = t.zero.astype(jnp.float32)
+    dq = (dq * (jnp.exp2(e + zero) * scale)).astype(t.q.dtype)
+    plgpu.commit_smem()
+    split_in_two(z, t.g, t.scores)
     across = matmul(_writes(t))
     if t.marks is not None:
         across = t.starts.after_last(across)
     w = (load(t.k) * across).astype(t.q.dtype)
-    dk = ((inside + across) * jnp.exp2(-e)).astype(t.k.dtype)
-    plgpu.commit_smem()
-    split_in_two(z, t.g, t.scores)
     t.state[0] = w
+    dk = ((inside + across) * jnp.exp2(zero - e)).astype(t.k.dtype)
     plgpu.commit_smem()
 
     later = [(t.lower.T, t.g), (t.lower.T, t.scores)]
