@@ -156,10 +156,12 @@ def _run(name, options, q, k, v, g):
     if cu is not None and not stateful:
         cu, ids = None, segments.sequence_ids(cu, q.shape[1])
     who = exclusive.reads(k.shape[:2], ids, cu)
-    if ids is not None:
-        q, k, v, g = segments.reset_and_mask(q, k, v, g, ids)
-
     _, run = _IMPLEMENTATIONS[name]
+    if ids is not None and name == "mosaic_gpu":
+        q, k, v, g = segments.mask_padding(q, k, v, g, ids)
+        run = functools.partial(run, starts=segments.segment_starts(ids))
+    elif ids is not None:
+        q, k, v, g = segments.reset_and_mask(q, k, v, g, ids)
     if state is None and (name != "mosaic_gpu" or bonus is not None):
         sequences = q.shape[0] if cu is None else cu.shape[0] - 1
         state = jnp.zeros((sequences, *k.shape[2:], v.shape[-1]), checks.state_dtype(q.dtype))
@@ -183,59 +185,60 @@ def _why_not_mosaic_gpu(q, k, v, g, options) -> str | None:
     return pallas.why_unsupported(q, k, v, g, own_states=options.cu_seqlens is not None and stateful)
 
 
-def _mosaic_gpu(q, k, v, g, state, scale, cu, output_final_state):
-    return _kernel_forward(scale, output_final_state, q, k, v, g, state)
+def _mosaic_gpu(q, k, v, g, state, scale, cu, output_final_state, starts=None):
+    return _kernel_forward(scale, output_final_state, q, k, v, g, state, starts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel_forward(scale, output_final_state, q, k, v, g, state):
-    o, state, _ = _forward_kernels(q, k, v, g, scale, state, output_final_state, False)
+def _kernel_forward(scale, output_final_state, q, k, v, g, state, starts):
+    o, state, _ = _forward_kernels(q, k, v, g, scale, state, starts, output_final_state, False)
     # A kernel's results vary over no axis of a shard_map, whatever its arguments do.
     return vary_alike(((o, state), q))[0]
 
 
 def _kernel_forward_fwd(scale, output_final_state, *arguments):
-    q, k, v, g, state = arguments
+    q, k, v, g, state, starts = arguments
     # On Auto axes a device may have as little as this share of batch and heads.
     save = pallas.saves_states(q, k, v, g, devices_of(q))
-    found = _forward_kernels(q, k, v, g, scale, state, output_final_state, save)
+    found = _forward_kernels(q, k, v, g, scale, state, starts, output_final_state, save)
     o, state, saved = vary_alike((found, q))[0]
     return (o, state), (arguments, saved)
 
 
 def _kernel_forward_bwd(scale, output_final_state, kept, cotangents):
-    (q, k, v, g, state), saved = kept
-    return vary_alike((_backward_kernels(q, k, v, g, scale, state, *cotangents, saved), q))[0]
+    (q, k, v, g, state, starts), saved = kept
+    return *vary_alike((_backward_kernels(q, k, v, g, scale, state, starts, *cotangents, saved), q))[0], None
 
 
 # Compiled once for all calls of the same shapes, jitted or not.
-@functools.partial(jax.jit, static_argnums=(4, 6, 7))
-def _forward_kernels(q, k, v, g, scale, state, output_final_state, output_states):
+@functools.partial(jax.jit, static_argnums=(4, 7, 8))
+def _forward_kernels(q, k, v, g, scale, state, starts, output_final_state, output_states):
     """o, the final state or None, and what the backward reads of all states, or None."""
     names = ["o", *(["state"] if output_final_state else []), *(["states", "mild"] if output_states else [])]
 
-    def run(q, k, v, g, state):
+    def run(q, k, v, g, state, starts):
         call = pallas.forward_and_states if output_states else pallas.forward
-        return tuple(jax.tree.leaves(call(q, k, v, g, scale, state, output_final_state)))
+        return tuple(jax.tree.leaves(call(q, k, v, g, scale, state, output_final_state, starts=starts)))
 
-    found = _on_each_device(run, {"q": q, "k": k, "v": v, "g": g, "state": state}, names)
+    found = _on_each_device(run, {"q": q, "k": k, "v": v, "g": g, "state": state, "starts": starts}, names)
     found = dict(zip(names, found, strict=True))
     states = pallas.States(found["states"], found["mild"]) if output_states else None
     return found["o"], found.get("state"), states
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _backward_kernels(q, k, v, g, scale, state, do, dfinal, saved):
+def _backward_kernels(q, k, v, g, scale, state, starts, do, dfinal, saved):
     arguments = {"q": q, "k": k, "v": v, "g": g, "state": state}
     names = [name for name, x in arguments.items() if x is not None]
     states, mild = (None, None) if saved is None else saved
 
-    def run(q, k, v, g, state, do, dfinal, states, mild):
+    def run(q, k, v, g, state, starts, do, dfinal, states, mild):
         saved = None if states is None else pallas.States(states, mild)
-        found = pallas.backward(q, k, v, g, scale, state, do, dfinal, saved=saved)
+        found = pallas.backward(q, k, v, g, scale, state, do, dfinal, starts=starts, saved=saved)
         return tuple(x for x in found if x is not None)
 
-    found = _on_each_device(run, arguments | {"o": do, "dfinal": dfinal, "states": states, "mild": mild}, names)
+    more = {"starts": starts, "o": do, "dfinal": dfinal, "states": states, "mild": mild}
+    found = _on_each_device(run, arguments | more, names)
     given = dict(zip(names, found, strict=True))
     return tuple(given.get(name) for name in arguments)
 
@@ -246,6 +249,7 @@ def _on_each_device(run, arguments, outputs):
     if runs_on_one_device(q):
         return run(*arguments.values())
     dimensions = {"q": "btpk", "k": "bthk", "v": "bthv", "o": "btpv", "state": "bhkv", "dfinal": "bhkv"}
+    dimensions["starts"] = "bt"
     # n chunks, and tiles of k and v.
     dimensions |= {"states": "bhnij", "mild": "bhnl"}
     dimensions["g"] = "bth" if g is not None and g.ndim == 3 else "bthk"

@@ -1,11 +1,12 @@
 """Packed sequences: segment_ids and cu_seqlens brought to the forms that the implementations read.
 
-A boundary is a hard reset, g = -inf at a segment's first token, and padding is a token with q = k = v = 0 and g = 0.
+A boundary is a hard reset, g = -inf at a segment's first token (for "mosaic_gpu" a mark apart from g), and padding is
+a token with q = k = v = 0 and g = 0.
 Only sequences that each have a state of their own (cu_seqlens with initial or final states) need more: `Entries`, and
 for the chunked form a layout in which no chunk holds two sequences.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,14 +69,15 @@ def reset_and_mask(
 
     `before` as in `segment_starts`.
     """
-    valid, starts = segment_ids >= 0, segment_starts(segment_ids, before)
     if g is None:
         g = jnp.zeros(k.shape[:3], jnp.float32)
+    q, k, v, g = mask_padding(q, k, v, g, segment_ids)
+    return q, k, v, jnp.where(_trailing(segment_starts(segment_ids, before), g), -jnp.inf, g)
 
-    def mask(x):
-        return jnp.where(_trailing(valid, x), x, 0)
 
-    return mask(q), mask(k), mask(v), jnp.where(_trailing(starts, g), -jnp.inf, mask(g))
+def mask_padding(q: Array, k: Array, v: Array, g: Any, segment_ids: Array) -> tuple[Array, Array, Array, Any]:
+    """q, k, v and g (or None) with padding as zeros."""
+    return jax.tree.map(lambda x: jnp.where(_trailing(segment_ids >= 0, x), x, 0), (q, k, v, g))
 
 
 def token_entries(cu_seqlens: Array, time: int, initial: Array) -> Entries:

@@ -88,21 +88,25 @@ def shapes_in_kernels(monkeypatch):
     """The shapes of q that kernels see, in whose place plain JAX computes on this CPU."""
     seen = []
 
-    def forward(q, k, v, g, scale, state, output_final_state):
+    def forward(q, k, v, g, scale, state, output_final_state, starts=None):
         seen.append(q.shape)
+        if starts is not None:
+            assert starts.shape == k.shape[:2]
+            seen.append("starts")
+            g = jnp.where(starts[..., None, None], -jnp.inf, g)
         options = {"scale": scale, "initial_state": state, "output_final_state": output_final_state}
         return gated_linear_attention(q, k, v, g, **options, implementation="xla")
 
-    def forward_and_states(*given):
+    def forward_and_states(*given, **more):
         batch, _, heads, _ = given[1].shape
-        return *forward(*given), pallas.States(jnp.ones((batch, heads, 2, 64, 64)), jnp.ones((batch, heads, 2, 1)))
+        return *forward(*given, **more), pallas.States(jnp.ones((batch, heads, 2, 64, 64)), jnp.ones((batch, heads, 2, 1)))
 
-    def backward(q, k, v, g, scale, state, do, dfinal, saved):
+    def backward(q, k, v, g, scale, state, do, dfinal, starts, saved):
         seen.append(q.shape)
         if saved is not None:
             assert saved.states.shape[:2] == saved.mild.shape[:2] == (k.shape[0], k.shape[2])
             seen.append("saved")
-        call = lambda *given: forward(*given[:4], scale, given[4], dfinal is not None)
+        call = lambda *given: forward(*given[:4], scale, given[4], dfinal is not None, starts)
         return jax.vjp(call, q, k, v, g, state)[1]((do, dfinal))
 
     monkeypatch.setattr(pallas, "why_unsupported", lambda *_, **__: None)
@@ -124,6 +128,16 @@ def test_kernels_run_on_each_share(kind, gate, states, shapes_in_kernels):
     check(run(mesh, ON_KERNELS, place(mesh, x, specs)), expected(x), results, mesh)
     # The first is traced whole, to find the results' shapes; the partitioner asks for a share.
     assert shapes_in_kernels[-1] == (1, 70, 2, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_kernels_are_told_where_sequences_begin(kind, shapes_in_kernels):
+    x, mesh = arguments(0, 4, 70, 4, 8, 6, hk=2), mesh_of(kind)
+    ids = np.random.default_rng(0).integers(-1, 2, (4, 70)).repeat(3, axis=1)[:, :70]
+    specs, results = specs_of(x)
+    placed = place(mesh, x, specs), jax.device_put(jnp.asarray(ids), NamedSharding(mesh, P("batch")))
+    check(run(mesh, ON_KERNELS, *placed), expected(x, segment_ids=ids), results, mesh)
+    assert shapes_in_kernels.count("starts") >= 2 and shapes_in_kernels[-2] == (1, 70, 2, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
