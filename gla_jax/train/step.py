@@ -31,9 +31,6 @@ HELD = 2**29
 # What XLA is told for GPUs (docs/performance.md): matrix products as large as a model's are cuBLAS' own ground, and
 # which of those that share an input are made one is for the layers to say.
 GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}
-# And where layers are a loop: XLA otherwise hands Mosaic GPU kernels slices of what the loop keeps in place, and
-# training through them has started more slowly than through "xla". Whether for this reason was not seen on a GPU yet.
-LOOP_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
 class Monitor(NamedTuple):
@@ -144,8 +141,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
         if explicit:
             f = jax.sharding.auto_axes(f, out_sharding=results)
         is_cuda = mesh.devices.flat[0].platform == "gpu"
-        told = GPU_OPTIONS | (LOOP_OPTIONS if config.model.layer_unroll < config.model.num_layers else {})
-        run = jax.jit(f, out_shardings=results, compiler_options=told if is_cuda else None, **options)
+        run = jax.jit(f, out_shardings=results, compiler_options=GPU_OPTIONS if is_cuda else None, **options)
 
         @functools.wraps(run)
         def call(*arguments: Any) -> Any:
