@@ -126,14 +126,15 @@ def write_lower(lower):
     plgpu.commit_smem()
 
 
-def mild_gradients(t, ds, scale, wait_values, free_tokens):
+def mild_gradients(t, ds, scale, wait_values, wait_cotangents, free_tokens):
     """The centred form, in place.
 
     Args:
       t: the Tiles; g is destroyed before dg is in it.
       ds: dS' in float32, two tiles [k, v].
       scale: factor of o.
-      wait_values: waits for v, do and the state.
+      wait_values: waits for v and the state.
+      wait_cotangents: waits for do, which comes last.
       free_tokens: waits until what the last chunk made is stored; meanwhile every warp has read the row.
 
     Returns:
@@ -153,6 +154,7 @@ def mild_gradients(t, ds, scale, wait_values, free_tokens):
     wait_values()
     keep = jnp.exp(half) if t.marks is None else t.starts.keep(jnp.exp(half))
     t.row[...] = _crossing(t, ds, keep)
+    wait_cotangents()
     t.scores[...] = _keep_lower(t, matmul(_score_cotangents(t))).astype(t.scores.dtype)
     plgpu.commit_smem()
 
@@ -212,7 +214,7 @@ def _decay(t):
     return jnp.exp(matmul([(t.lower, t.g)]))
 
 
-def exact_gradients(make_tiles, ds, scale, wait_values, free_tokens):
+def exact_gradients(make_tiles, ds, scale, wait_values, wait_cotangents, free_tokens):
     """The form for every gate, in place.
 
     As `mild_gradients`, but make_tiles makes the Tiles, with addresses of its own, and of the last two results there is
@@ -223,6 +225,7 @@ def exact_gradients(make_tiles, ds, scale, wait_values, free_tokens):
     g = jnp.maximum(load(t.g), FLOOR)
     t.g[...] = (g if t.marks is None else t.starts.reset(g)).astype(t.g.dtype)
     wait_values()
+    wait_cotangents()
     free_tokens()
     for i in range(VALUE_BLOCKS):
         t.d[i] = ds[i].astype(t.d.dtype)

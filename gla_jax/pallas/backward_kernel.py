@@ -7,7 +7,7 @@ the state S before it from the forward or backward_states.py, and the cotangent 
 - after a barrier of them, each makes dv = k~ D + A^T do for its columns of v, where A's parts by channels add up, and
   dS = read (keep dS' + q~^T do) for its channels. (post, read, keep) is exp(B/2) thrice in a mild chunk, and
   (1, 1, exp(B)) in any other;
-- after a second barrier dq goes over q~, dk over k~, dv over D, dg is over g already, and all of them out.
+- after a second barrier dq goes over q~, dk over k~, dv over D, and all of them out; dg, over g, went before the first.
 
 dS is rounded to the inputs' dtype only as an operand of products. Channels that are mild in every chunk take a loop of
 their own: registers go round in it, and the code for other gates is not in its way.
@@ -42,7 +42,8 @@ def scratch(config, dtype, has_starts=False):
         "lower": tile((blocks, *TILE), dtype),
         "row": plgpu.SMEM((blocks, CHUNK), jnp.float32),
         "tokens_loaded": plgpu.Barrier(num_arrivals=3 * blocks + has_starts, num_barriers=tokens),
-        "values_loaded": plgpu.Barrier(num_arrivals=(2 + blocks) * VALUE_BLOCKS, num_barriers=values),
+        "values_loaded": plgpu.Barrier(num_arrivals=(1 + blocks) * VALUE_BLOCKS, num_barriers=values),
+        "cotangents_loaded": plgpu.Barrier(num_arrivals=VALUE_BLOCKS, num_barriers=values),
         "gated": plgpu.Barrier(num_arrivals=blocks),
         "multiplied": plgpu.Barrier(num_arrivals=blocks),
         "tokens_free": plgpu.Barrier(num_arrivals=blocks, num_barriers=tokens),
@@ -121,7 +122,7 @@ def backward_kernel(*refs, config, chunks, splits, group, scale, has_starts, has
         def load_cotangents(i):
             slot = lax.rem(i, jnp.int32(config.value_stages))
             for j in range(VALUE_BLOCKS):
-                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], s["values_loaded"].at[slot])
+                copy(do.at[batch, tokens(i), head, columns(j)], s["do"].at[slot, j], s["cotangents_loaded"].at[slot])
 
         # In the order in which places become free.
         loads = (
@@ -191,6 +192,9 @@ def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_
         def wait_values():
             plgpu.barrier_wait(s["values_loaded"].at[places()[1]])
 
+        def wait_cotangents():
+            plgpu.barrier_wait(s["cotangents_loaded"].at[places()[1]])
+
         def free_tokens():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -200,15 +204,15 @@ def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_
 
         plgpu.barrier_wait(s["tokens_loaded"].at[slot])
         if mild is None:
-            dq, dk, post, keep = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
+            dq, dk, post, keep = mild_gradients(make_tiles(), ds, scale, wait_values, wait_cotangents, free_tokens)
         else:
 
             def exact():
-                dq, dk, keep = exact_gradients(make_tiles, ds, scale, wait_values, free_tokens)
+                dq, dk, keep = exact_gradients(make_tiles, ds, scale, wait_values, wait_cotangents, free_tokens)
                 return dq, dk, keep, vector(1.0)
 
             def centred():
-                dq, dk, post, keep = mild_gradients(make_tiles(), ds, scale, wait_values, free_tokens)
+                dq, dk, post, keep = mild_gradients(make_tiles(), ds, scale, wait_values, wait_cotangents, free_tokens)
                 return dq, dk, keep, post
 
             dq, dk, keep, post = lax.cond(mild(i) > 0, centred, exact)
@@ -216,6 +220,9 @@ def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_
         plgpu.commit_smem()
         # dv goes over D, so that v and the state are done with.
         plgpu.barrier_arrive(s["values_free"].at[places()[1]])
+        t = make_tiles()
+        *by_product, by_gate = by_channel(i)
+        plgpu.copy_smem_to_gmem(t.g, by_gate)
         meet(s["gated"])
         t = make_tiles()
         mine = [(warpgroup + t.zero) * share + j for j in range(share)]
@@ -236,7 +243,7 @@ def _walk_back(s, warpgroup, config, chunks, scale, mild, *, final, initial, by_
         for j in range(share):
             t.d[j] = dvs[j].astype(t.d.dtype)
         plgpu.commit_smem()
-        for source, target in zip((t.q, t.k, t.g), by_channel(i), strict=True):
+        for source, target in zip((t.q, t.k), by_product, strict=True):
             plgpu.copy_smem_to_gmem(source, target, commit_group=False)
         for j in range(share):
             plgpu.copy_smem_to_gmem(t.d.at[j], by_column(i, warpgroup * share + j), commit_group=False)
