@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch": 8,
         "steps": 800,
         "rates": [3e-3],
-        "seeds": 3,
+        "seeds": 20,
         "rows": 128,
     },
 }

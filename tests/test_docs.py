@@ -200,6 +200,8 @@ def test_claims_of_extrapolation_are_compared():
     worse, mixed = {"measured": [[2.1, 2.0, 2.3]] * 2}, {"measured": [[1.9, 1.8, 2.5]] * 2}
     seen = extrapolation.claims({"GLA": flat, "GLA, truncated": rising, "RetNet": worse, "Transformer++": rising})
     assert list(seen.values()) == ["seen", "not seen", "seen", "seen", "not seen"]
+    same = extrapolation.claims({"GLA, truncated": flat, "GLA, the same windows": rising})
+    assert list(same.values()) == ["seen"]
     # Ahead in two of three buckets, though behind in the mean.
     assert list(extrapolation.claims({"GLA": flat, "RetNet": mixed}).values()) == ["seen", "not seen", "not seen"]
     assert list(extrapolation.claims({"Mamba": rising}).values()) == ["seen"]
