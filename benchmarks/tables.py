@@ -101,7 +101,8 @@ def backward_table() -> str:
     """Milliseconds of the forward's and the backward's kernels, by shape and gates, and of what they were to reach."""
     lines = []
     for _, record in records("backward_gpu"):
-        lines += [f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}; bfloat16:", ""]
+        where = f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}, commit {record['commit']}"
+        lines += [f"{where}; bfloat16:", ""]
         lines += ["| b, t, h, k, v | gates | both, ms | to reach | each kernel |", "|---|---|---|---|---|"]
         for row in record["results"]:
             if "kernels" in row:
