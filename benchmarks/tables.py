@@ -36,6 +36,11 @@ def records(what: str) -> list[tuple[str, dict]]:
     return [(name, record) for name, record in found if record.get("what") == what]
 
 
+def plot(name: str, says: str) -> list[str]:
+    """A plot, for pages of the site."""
+    return ["", f"![{says}](../benchmarks/results/{name}.svg)", ""]
+
+
 def op_table() -> str:
     """Milliseconds of every line of the op's record, a section a device and shape."""
     lines = []
@@ -74,7 +79,7 @@ def peers_table() -> str:
 def forward_table() -> str:
     """Milliseconds of the forward's kernels by shape, of what they were to reach, and what other gates cost."""
     lines = []
-    for _, record in records("op_gpu"):
+    for name, record in records("op_gpu"):
         groups: dict[str, dict[str, dict]] = {}
         for row in record["results"]:
             groups.setdefault(row["group"], {})[row["name"]] = row
@@ -91,16 +96,17 @@ def forward_table() -> str:
             numbers = f"{row['ms']:.3f} | {row['to reach']} | {row['TB/s']:.2f} | {row['TFLOP/s']:.0f}"
             kernels = f"{row['of kernels']:.3f}" if "of kernels" in row else ""
             lines.append(f"| {shape.strip('()')} | {kernels} | {numbers} | {times} |")
-        peers = {name.split(" ", 2)[2]: row["ms"] for name, row in groups["ceilings"].items() if "ms" in row}
+        peers = {key.split(" ", 2)[2]: row["ms"] for key, row in groups["ceilings"].items() if "ms" in row}
         shown = "; ".join(f"{shape} {ms:.3f} ms" for shape, ms in peers.items())
-        lines += ["", f"cuDNN attention, causal, of (b, t, heads, width): {shown}.", ""]
+        lines += ["", f"cuDNN attention, causal, of (b, t, heads, width): {shown}."]
+        lines += plot(name, "Milliseconds with launches, and what was to be reached")
     return "\n".join(lines)
 
 
 def backward_table() -> str:
     """Milliseconds of the forward's and the backward's kernels, by shape and gates, and of what they were to reach."""
     lines = []
-    for _, record in records("backward_gpu"):
+    for name, record in records("backward_gpu"):
         where = f"{record['device']}, jax {record['versions']['jax']}, {record['date'][:10]}, commit {record['commit']}"
         lines += [f"{where}; bfloat16:", ""]
         lines += ["| b, t, h, k, v | gates | both, ms | to reach | each kernel |", "|---|---|---|---|---|"]
@@ -109,20 +115,20 @@ def backward_table() -> str:
                 shape, bar = ", ".join(map(str, row["shape"])), row["to reach"] if row["gates"] == "mild" else ""
                 each = ", ".join(f"{ms:.3f}" for _, ms in row["kernels"])
                 lines.append(f"| {shape} | {row['gates']} | {row['ms']:.3f} | {bar} | {each} |")
-        lines.append("")
+        lines += plot(name, "Milliseconds, and what was to be reached")
     return "\n".join(lines)
 
 
 def decode_table() -> str:
     """Tokens a second of decoding, by batch and place."""
     lines = []
-    for _, record in records("decode"):
+    for name, record in records("decode"):
         lines += [f"{record['parameters']:,} parameters, {record['device']}, {record['date'][:10]}:", ""]
         lines += ["| batch | after | tokens/s | ms a token |", "|---|---|---|---|"]
         for row in (*record["positions"], record["many rows"]):
             after = f"{row['position']:,} tokens" if "position" in row else "the prompt"
             lines.append(f"| {row['batch']} | {after} | {row['tokens_per_s']:,.0f} | {row['ms_per_token']:.2f} |")
-        lines.append("")
+        lines += plot(name, "Milliseconds a token against tokens seen")
     return "\n".join(lines)
 
 
@@ -138,11 +144,14 @@ def heading(record: dict) -> list[str]:
 def ending(name: str, record: dict) -> list[str]:
     """A record's plot, and what was seen of the paper's claims."""
     quantity = record.get("quantity", QUANTITIES.get(record["what"]))
-    plot = ["", f"![{record['what']}: {quantity}](../benchmarks/results/{name}.svg)", ""]
     found = CLAIMS[record["what"]](record["results"])
     words = {claim: {True: "seen", False: "not seen"}.get(seen, seen).capitalize() for claim, seen in found.items()}
     marked = {claim: said if said.startswith("Seen") else f"**{said}**" for claim, said in words.items()}
-    return [*plot, *(f"- {said}: {claim}." for claim, said in marked.items()), ""]
+    return [
+        *plot(name, f"{record['what']}: {quantity}"),
+        *(f"- {said}: {claim}." for claim, said in marked.items()),
+        "",
+    ]
 
 
 def experiment_table(what: str) -> str:
@@ -244,9 +253,12 @@ def op_lengths_table() -> str:
 
 
 def op_plots() -> str:
-    """The plots of the same results, for pages of the site."""
-    shown = ((name, record["device"]) for name, record in records("op"))
-    return "\n".join(f"![Milliseconds on {device}](../benchmarks/results/{name}.svg)\n" for name, device in shown)
+    """The plots of the op's records and of those beside peers, for pages of the site."""
+    lines = []
+    for what, says in (("op", "Milliseconds on"), ("peers", "Milliseconds beside peers on")):
+        for name, record in records(what):
+            lines += plot(name, f"{says} {record['device']}")[1:]
+    return "\n".join(lines)
 
 
 def speed_table() -> str:
@@ -262,8 +274,8 @@ def speed_table() -> str:
 
 def train_table() -> str:
     """The same, and where the time of those went that were profiled."""
-    lines = [speed_table()]
-    for x in (x for _, x in records("train") if "kernels" in x):
+    lines, profiled = [speed_table()], [x for _, x in records("train") if "kernels" in x]
+    for x in profiled:
         step = sorted(x["step_ms"])[len(x["step_ms"]) // 2]
         lines += [f"{x['preset']}: a step of {step:.1f} ms; its kernels, as the profiler has them:", ""]
         lines += ["| of | work | ms | share | kernels |", "|---|---|---|---|---|"]
@@ -271,6 +283,8 @@ def train_table() -> str:
             numbers = f"{row['ms']:.2f} | {100 * row['share']:.1f} % | {row['calls']}"
             lines.append(f"| {row['part']} | {row['work']} | {numbers} |")
         lines.append("")
+    if profiled:
+        lines += plot("training-steps", "Share of a step's time by work")[1:]
     return "\n".join(lines)
 
 

@@ -50,8 +50,14 @@ def bring_notebooks(app):
         shutil.copy(path, target)
 
 
+def lead_to_the_copies(app, name, source):
+    """Links to notebooks, which lie beside docs/ in the repository, lead to the copies."""
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+
+
 def setup(app):
-    """Connects the two."""
+    """Connects the three."""
     # Before napoleon, which reads sections and leaves the rest.
     app.connect("autodoc-process-docstring", show_equations_as_they_are, priority=100)
     app.connect("builder-inited", bring_notebooks)
+    app.connect("source-read", lead_to_the_copies)

@@ -23,11 +23,15 @@ import pathlib
 import subprocess
 import sys
 
-# If gla_jax is not installed yet, it is from SOURCE: the checkout that this notebook lies in or, in Colab, a zip of it
-# that you have uploaded ("gla_jax.zip"); "git+https://..." of a repository that you trust will do, too.
-SOURCE = ".."
+# If gla_jax is not installed yet, it is from the checkout that this notebook lies in or, where there is none (Colab),
+# from SOURCE: a zip of a checkout that you have uploaded, or "git+https://..." of a repository that you trust.
+SOURCE = "gla_jax.zip"
 if importlib.util.find_spec("gla_jax") is None:
-    source = SOURCE if "://" in SOURCE else pathlib.Path(SOURCE).resolve().as_uri()
+    source, checkout = SOURCE, pathlib.Path("..").resolve()
+    if (checkout / "gla_jax" / "attention.py").is_file():
+        source = checkout.as_uri()
+    elif "://" not in SOURCE:
+        source = pathlib.Path(SOURCE).resolve(strict=True).as_uri()
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
 
 import time

@@ -22,7 +22,10 @@ from tools import layers_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))  # whose text is comments
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?![a-z]+:)([^)\s]+)\)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -30,6 +33,36 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(BLOCK.findall(page.read_text()))
     exec(compile(code, str(page), "exec"), {})
+
+
+def broken_links(page):
+    """The relative links, on a page as it lies in the repository, to no file or to no heading of a page."""
+    for link in LINK.findall(CODE.sub("", page.read_text())):
+        path, _, heading = link.partition("#")
+        target = (page.parent / path) if path else page
+        if not target.exists() or (heading and heading not in headings(target)):
+            yield link
+
+
+def headings(page):
+    """The anchors that a page's headings have, on GitHub as on the site."""
+    lines = re.findall(r"^#+ (.+)$", CODE.sub("", page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
+def test_relative_links_lead_somewhere_in_the_repository(page):
+    assert list(broken_links(page)) == []
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    other.write_text("# What it's for\n")
+    page.write_text(
+        "# Here\n[1](other.md#what-its-for) [2](#here) [3](https://a.b) ![4](other.md) `[5](none.md)`\n"
+        "```text\n[6](none.md)\n```\n[7](none.md), [8](other.md#what), [9](#there), ![10](none.svg), [11](../none)\n"
+    )
+    assert list(broken_links(page)) == ["none.md", "other.md#what", "#there", "none.svg", "../none"]
 
 
 @pytest.mark.parametrize("name", tables.PAGES)
@@ -120,15 +153,16 @@ def mixers():
 
 
 def test_the_plots_are_those_of_the_results(tmp_path, monkeypatch, capsys):
-    here = [pathlib.Path(shutil.copy(path, tmp_path)) for path in sorted(tables.RESULTS.glob("*.json"))]
-    drawn = [path for record in here if (path := plots.draw(record))]
+    for path in tables.RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    drawn = plots.draw_all(tmp_path)
     committed = {path.name: path.read_text() for path in tables.RESULTS.glob("*.svg")}
     assert {path.name: path.read_text() for path in drawn} == committed, "run python -m benchmarks.plots"
     pages = "".join((ROOT / name).read_text() for name in tables.PAGES)
     assert set(committed) == set(re.findall(r"\(\.\./benchmarks/results/([\w-]+\.svg)\)", pages))
     plots.draw_or_say_why(None)
     monkeypatch.setattr(plots, "plt", None)
-    plots.draw_or_say_why(here[0].with_name("op-cpu.json"))
+    plots.draw_or_say_why(tmp_path / "op-cpu.json")
     assert capsys.readouterr().out == (
         "no plot: matplotlib is missing, which the extra notebooks has: pip install '.[notebooks]'\n"
     )
@@ -278,5 +312,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    link = r'href="notebooks/1_recurrence_to_chunks.html"><span class="[\w -]+">Notebook 1<'
+    assert re.search(link, (tmp_path / "concepts.html").read_text())
     shown = set(re.findall(r'id="(gla_jax[\w.]+)"', (tmp_path / "api.html").read_text()))
     assert on_the_page() - shown == set()

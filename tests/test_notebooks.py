@@ -2,6 +2,8 @@
 
 import importlib.util
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ def test_the_pair_agrees_and_cells_are_short(path):
     assert notebooks.cells(source) == notebooks.cells(written), "run python tools/notebooks.py"
     assert notebooks.badge(path) in source.cells[0].source
     assert len(notebooks.BADGE.findall(path.read_text())) == 1
-    assert notebooks.INSTALL in path.read_text()
+    assert notebooks.install() in next(cell.source + "\n" for cell in source.cells if cell.cell_type == "code")
     assert written.metadata == notebooks.METADATA  # by which `jupytext --sync` finds the pair
     assert source.metadata["jupytext"]["formats"] == notebooks.METADATA["jupytext"]["formats"]
     assert max(cell.source.count("\n") + 1 for cell in source.cells) <= LINES
@@ -36,23 +38,35 @@ def test_the_pair_agrees_and_cells_are_short(path):
     assert all(output.output_type != "error" for output in outputs)
 
 
-def test_they_install_from_what_the_reader_has(monkeypatch):
+def test_they_install_from_what_the_reader_has(tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(subprocess, "run", lambda command, check: called.append(command[-1]))
-    monkeypatch.chdir(notebooks.FOLDER)
     names = {"importlib": importlib, "pathlib": pathlib, "subprocess": subprocess, "sys": sys}
-    exec(notebooks.INSTALL, names)
-    exec(notebooks.INSTALL.replace('".."', '"git+https://some.where/x"'), names)
-    assert called == [
-        f"gla_jax[notebooks] @ {notebooks.ROOT.as_uri()}",
-        "gla_jax[notebooks] @ git+https://some.where/x",
-    ]
+    monkeypatch.setattr(subprocess, "run", lambda command, check: called.append(command[-1]))
+    exec(notebooks.install(), names)
+    assert called == []  # as it is installed here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(notebooks.FOLDER)
+    exec(notebooks.install(), names)
+    (colab := tmp_path / "content").mkdir()
+    monkeypatch.chdir(colab)
+    with pytest.raises(FileNotFoundError, match=r"gla_jax\.zip"):
+        exec(notebooks.install(), names)
+    (colab / "gla_jax.zip").touch()
+    exec(notebooks.install(), names)
+    monkeypatch.setattr(notebooks, "REPOSITORY", "owner/name")
+    exec(notebooks.install(), names)
+    places = [notebooks.ROOT.as_uri(), (colab / "gla_jax.zip").as_uri(), "git+https://github.com/owner/name"]
+    assert called == [f"gla_jax[notebooks] @ {place}" for place in places]
 
 
-def test_a_badge_leads_to_the_repository_once_there_is_one(monkeypatch):
+def test_badge_and_installation_name_the_repository_once_there_is_one(tmp_path, monkeypatch):
     assert "github" not in notebooks.badge(SOURCES[0])  # no name that nobody holds
     monkeypatch.setattr(notebooks, "REPOSITORY", "owner/name")
+    copies = [pathlib.Path(shutil.copy(SOURCES[0].with_suffix(end), tmp_path)) for end in (".py", ".ipynb")]
+    notebooks.links(copies[0])
+    for path in copies:
+        assert "blob/main/notebooks/1_recurrence_to_chunks.ipynb)" in path.read_text()
+        assert re.search(r'SOURCE = \\?"git\+https://github.com/owner/name\\?"', path.read_text())
     assert notebooks.badge(SOURCES[0]).endswith("/github/owner/name/blob/main/notebooks/1_recurrence_to_chunks.ipynb)")
 
 

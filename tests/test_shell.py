@@ -1,12 +1,15 @@
 """Every shell block of the README and the docs runs, each page's in a folder of its own, and each line on one page.
 
-Training is made small by more flags, and targets of the Makefile are only asked what they would do (`make -n`), but for
-`make train`, whose command runs. A block below a comment "not run by the tests" has its arguments read by the very
-parsers that would read them, and no more.
+Training and its timing are made small by more flags and the smallest presets, and targets of the Makefile are only
+asked what they would do (`make -n`), but for `make train`, whose command runs. Tables and plots are made anew in a copy
+of the repository without them. A block below a comment "not run by the tests" has its arguments read by the very
+parsers that would read them, and no more: it needs a GPU, the network, lm-eval, or many minutes. Of those the
+experiments, the op, lengths and decoding run in tests/test_docs.py, at their smallest.
 """
 
 import argparse
 import importlib
+import os
 import pathlib
 import re
 import runpy
@@ -14,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 
 import pytest
@@ -30,6 +34,9 @@ SMALL = [
     *("--batch=8", "--length=32", "--steps=2", "--eval-every=2", "--sample=8"),
     *("--model.hidden-size=32", "--model.num-layers=1", "--model.num-heads=1", "--model.mlp-size=32"),
 ]
+BENCH = ["--batch=2", "--length=32", "--steps=1", "--repeats=1", "--num-layers=1"]
+SMALLEST = {"340m": "tiny", "transformer-340m": "transformer-tiny"}
+TABLE = re.compile(r"(made by benchmarks/tables\.py -->\n).*?(<!-- end of)", re.S)
 TEXT = "what is past is prologue. "
 
 
@@ -63,6 +70,7 @@ def folder(tmp_path, monkeypatch):
     assert cli.main(["tokenize", "my.parquet", "other_tokens", "--tokenizer", "tokenizer.json"]) == 0
     shutil.copytree(ROOT / "tests" / "data" / "family" / "gla_official", "FOLDER")
     shutil.copy("tokenizer.json", "FOLDER")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     return tmp_path
 
 
@@ -104,9 +112,36 @@ def run(words, monkeypatch):
         given = {word.split("=")[0].split(".")[0] for word in arguments}
         small = [flag for flag in SMALL if flag.split("=")[0].split(".")[0] not in given & {"--data", "--mesh"}]
         small = {"train": small, "sample": ["--length=8"]}.get(arguments[0], [])
+        if arguments[:2] == ["bench", "train"]:
+            arguments, small = [SMALLEST.get(word, word) for word in arguments], BENCH
         assert cli.main([*arguments, *small]) == 0
+    elif name == "python" and arguments in (["-m", "benchmarks.tables"], ["-m", "benchmarks.plots"]):
+        in_a_copy(arguments)
     else:
         raise AssertionError(f"what is {shlex.join(words)}?")
+
+
+def in_a_copy(arguments):
+    """Runs what makes tables and plots in a copy without them, where they must come out as they are here."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("benchmarks", "gla_jax", "docs"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+        shutil.copy(ROOT / "README.md", copy)
+        if arguments[1] == "benchmarks.plots":
+            made = [path.relative_to(copy) for path in copy.glob("benchmarks/results/*.svg")]
+        else:
+            made = [path.relative_to(ROOT) for path in PAGES if TABLE.search(path.read_text())]
+        assert made
+        for path in made:
+            if path.suffix == ".svg":
+                (copy / path).unlink()
+            else:
+                (copy / path).write_text(TABLE.sub(r"\1\2", (copy / path).read_text()))
+        environment = os.environ | {"PYTHONPATH": folder}
+        done = subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [path for path in made if (copy / path).read_text() != (ROOT / path).read_text()] == []
 
 
 def made(targets):

@@ -23,13 +23,18 @@ REPOSITORY = ""
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)")
 # What the first cell with code begins with, after its imports.
 INSTALL = """
-# If gla_jax is not installed yet, it is from SOURCE: the checkout that this notebook lies in or, in Colab, a zip of it
-# that you have uploaded ("gla_jax.zip"); "git+https://..." of a repository that you trust will do, too.
-SOURCE = ".."
+# If gla_jax is not installed yet, it is from the checkout that this notebook lies in or, where there is none (Colab),
+# from SOURCE: a zip of a checkout that you have uploaded, or "git+https://..." of a repository that you trust.
+SOURCE = "gla_jax.zip"
 if importlib.util.find_spec("gla_jax") is None:
-    source = SOURCE if "://" in SOURCE else pathlib.Path(SOURCE).resolve().as_uri()
+    source, checkout = SOURCE, pathlib.Path("..").resolve()
+    if (checkout / "gla_jax" / "attention.py").is_file():
+        source = checkout.as_uri()
+    elif "://" not in SOURCE:
+        source = pathlib.Path(SOURCE).resolve(strict=True).as_uri()
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"gla_jax[notebooks] @ {source}"], check=True)
 """
+INSTALLS = re.compile(r"^\n# If gla_jax is not installed yet.*?check=True\)\n", re.M | re.S)
 # For `jupytext --sync`, as in the sources' own headers.
 METADATA = {
     "jupytext": {"formats": "ipynb,py:percent", "notebook_metadata_filter": "-jupytext.text_representation"},
@@ -49,6 +54,11 @@ def badge(path: pathlib.Path) -> str:
     place = f"github/{REPOSITORY}/blob/main/notebooks/{path.stem}.ipynb" if REPOSITORY else "#upload"
     image = "https://colab.research.google.com/assets/colab-badge.svg"
     return f"[![Open in Colab]({image})](https://colab.research.google.com/{place})"
+
+
+def install() -> str:
+    """What installs gla_jax in the first cell with code: where there is no checkout, from the repository or a zip."""
+    return INSTALL.replace("gla_jax.zip", f"git+https://github.com/{REPOSITORY}") if REPOSITORY else INSTALL
 
 
 def cells(notebook: Any) -> list[tuple[str, str]]:
@@ -86,8 +96,9 @@ def run(path: pathlib.Path) -> Any:
 
 
 def links(path: pathlib.Path) -> None:
-    """Writes the badge into a source, and the source's cells and METADATA into its pair, whose outputs stay."""
-    path.write_text(BADGE.sub(badge(path), path.read_text()))
+    """Writes badge and installation into a source, and its cells and METADATA into its pair, whose outputs stay."""
+    text = INSTALLS.sub(lambda _: install(), path.read_text())
+    path.write_text(BADGE.sub(badge(path), text))
     file = path.with_suffix(".ipynb")
     source: Any = jupytext.read(path)
     written: Any = nbformat.read(file, as_version=4)
