@@ -49,7 +49,7 @@ def cotangents(shape):
 
 
 def both(do, q, k, v, g, starts=None):
-    """o and the gradients, as the op computes them; it passes no starts yet, but g = -inf there."""
+    """o and the gradients, as the op computes them."""
     if not saves_states(q, k, v, g):
         return forward(q, k, v, g, 1.0, starts=starts)[0], backward(q, k, v, g, 1.0, None, do, starts=starts)
     o, _, states = forward_and_states(q, k, v, g, 1.0, starts=starts)

@@ -74,7 +74,7 @@ def inputs(shape, kind="mild"):
     keys = jax.random.split(jax.random.key(0), 4)
     q, key, value = (jax.random.normal(x, (b, t, h, n), jnp.bfloat16) for x, n in zip(keys, (k, k, v), strict=False))
     g = gates(kind, (b, t, h, k), keys[3]).astype(jnp.bfloat16)
-    if kind == "packed":  # apart from the gates, which the op does not do yet: it passes g = -inf there
+    if kind == "packed":
         return q, key, value, g, jnp.broadcast_to(jnp.arange(t) % (t // 16) == 0, (b, t))
     return q, key, value, g
 
