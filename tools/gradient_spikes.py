@@ -20,6 +20,7 @@ from gla_jax.train import load_corpus
 from gla_jax.train.data import Source, training_batches
 
 ROWS, TIME, BATCHES = 8, 32, 6
+HEADS = 4  # the preset's
 
 
 def spikes(dtype: str) -> None:
@@ -35,7 +36,7 @@ def spikes(dtype: str) -> None:
             x = jnp.where(cut & (jnp.arange(TIME) == 0)[:, None], jax.lax.stop_gradient(x), x)
             z = block.mixer_norm(x[:, :1])
             project = (block.mixer.q_proj, block.mixer.k_proj, block.mixer.v_proj)
-            q, k, v = (layer(z).astype(jnp.float32).reshape(ROWS, config.mixers[0].num_heads, -1) for layer in project)
+            q, k, v = (layer(z).astype(jnp.float32).reshape(ROWS, HEADS, -1) for layer in project)
             score = jnp.sum(q * k, -1) * q.shape[-1] ** -0.5
             rms = jnp.abs(score) * jnp.sqrt(jnp.mean(v**2, -1))
             return block(x, None, own), jax.lax.stop_gradient(jnp.min(rms, -1))
