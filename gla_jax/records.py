@@ -25,6 +25,9 @@ def shell(words: Sequence[str]) -> str:
         (name, value) for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_")) and "/" not in value
     )
     relative = [word.removeprefix(f"{ROOT}{os.sep}") for word in words]
+    # Where on a machine a record was written first is of no use to anybody.
+    place = re.compile(r"/.*/(.+\.json)")
+    relative = [place.sub(r"\1", word) if place.fullmatch(word) else word for word in relative]
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in told), shlex.join(relative)])
 
 

@@ -11,6 +11,7 @@ def test_records_begin_with_a_command_that_a_shell_reads(monkeypatch):
         monkeypatch.delenv(name)
     assert records.shell(["python", "-m", "x", "GLA's widths"]) == "python -m x 'GLA'\"'\"'s widths'"
     assert records.shell(["python", str(records.ROOT / "tools" / "x.py"), "/tmp"]) == "python tools/x.py /tmp"
+    assert records.shell(["python", "--out", "/some/place/x.json"]) == "python --out x.json"
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_dump_to=")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/tmp/some")
     made = records.begin("op", ["python", "x.py"], packages=["flax"], device="cpu")
