@@ -42,7 +42,7 @@ def scratch(config, dtype, gate_parts, has_starts=False):
         "scores": _tile((c.score_slots, c.block_gaters, *tile), dtype),
         "factors": plgpu.SMEM((3, c.qk_slots, CHUNK), jnp.float32),
         "triangle": _tile((c.gaters, *tile), dtype),
-        "strong": _tile((c.gaters, *tile), dtype),
+        "spare": _tile((c.gaters, *tile), dtype),
         "rows": plgpu.SMEM((c.gaters, 3, CHUNK), jnp.float32),
         "number": plgpu.SMEM((c.gaters + c.matmul_groups, 8), jnp.int32),
         "copy": _tile((c.matmul_groups, 2, *tile), dtype),
@@ -232,11 +232,7 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
         if "marks" in s:
             plgpu.barrier_wait(s["marks_loaded"].at[score_slot])
             starts = gating.Starts.read(s["marks"].at[score_slot])
-        # Scores of a tile that is alone in its chunk are not summed up, but where they are masked before it is cut.
-        sums_up = own > 1 or starts is not None
-        if not scalar_gate:
-            number[1] = jnp.int32(0)
-        tools = gating.Tools(s["triangle"].at[gater], scores, s["strong"].at[gater], rows, number)
+        tools = gating.Tools(s["triangle"].at[gater], scores, s["spare"].at[gater], rows, number)
 
         def tile(j, carry):
             a, before, before_k = carry
@@ -267,14 +263,15 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
 
             ready = lambda: plgpu.barrier_wait(s["qk_loaded"].at[slot])
             done = lambda: plgpu.barrier_arrive(s["g_free"].at[g_slot])
-            sums = a if sums_up else None
-            is_mild, sums = gating.gate_tile(q, k, g, e, half, sums, factors, tools, config.mild, ready, done, starts)
+            is_mild, a = gating.gate_tile(
+                q, k, g, e, half, a, factors, tools, config.mild, ready, done, starts, interpret
+            )
             if note is not None:
                 note(n, block, is_mild)
             arrive("gated", slot)
-            # A strong tile's scores are in tools.strong, a cut one's in `a`: they meet zeros.
+            # A strong or cut tile's scores are in `a` already: it meets zeros.
             meets = is_mild if starts is None else is_mild & jnp.logical_not(starts.parts_tokens)
-            return sums if sums_up else a, slot, jnp.where(meets, config.qk_slots + slot, zeros)
+            return a, slot, jnp.where(meets, config.qk_slots + slot, zeros)
 
         carry = gating.nothing(_F32), zeros, zeros
         carry = tile(jnp.int32(0), carry) if own == 1 else lax.fori_loop(jnp.int32(0), jnp.int32(own), tile, carry)
@@ -284,10 +281,9 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
             write_decayed_scores(scores, a, mask, s["g"].at[g_slot], rows.at[0])
             plgpu.barrier_arrive(s["g_free"].at[g_slot])
         else:
-            last = gating.matmul(s["qk"].at[before], s["qk"].at[before_k].T)
-            a = a + last if sums_up else last
+            a += gating.matmul(s["qk"].at[before], s["qk"].at[before_k].T)
             arrive("qk_free", before)
-            gating.write_scores(scores, a, mask, tools, starts)
+            gating.write_scores(scores, a, mask, starts)
             if starts is not None:
                 plgpu.barrier_arrive(s["marks_free"].at[score_slot])
         if at_end is not None:

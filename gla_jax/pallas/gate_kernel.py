@@ -30,7 +30,7 @@ def scratch(config, dtype, gate_parts, has_starts=False):
         "scores": tile(c.score_slots, c.block_gaters),
         "factors": plgpu.SMEM((3, c.qk_slots, CHUNK), _F32),
         "triangle": tile(c.gaters),
-        "strong": tile(c.gaters),
+        "spare": tile(c.gaters),
         "rows": plgpu.SMEM((c.gaters, 3, CHUNK), _F32),
         "number": plgpu.SMEM((c.gaters, 8), jnp.int32),
         "prepared": plgpu.Barrier(num_arrivals=c.gaters),

@@ -51,14 +51,14 @@ class Tools(NamedTuple):
     Attributes:
       triangle: [64, 64] tile with the triangle of +-1/2.
       scratch: [64, 64] tile, free until the chunk's scores are written.
-      strong: [64, 64] tile, the scores of the chunk's tiles that are not mild.
+      spare: [64, 64] tile.
       rows: [3, 64] float32.
-      number: [8] int32: a zero that the compiler does not know, and whether `strong` holds something.
+      number: [8] int32, a zero that the compiler does not know.
     """
 
     triangle: Any
     scratch: Any
-    strong: Any
+    spare: Any
     rows: Any
     number: Any
 
@@ -249,30 +249,31 @@ def _least(e, row):
     return row[CHUNK - 1]
 
 
-def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_g, starts=None):
+def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_g, starts=None, interpret=False):
     """Gates one tile in place.
 
     Args:
       q, k: [64 tokens, 64 channels] tiles; become q~ and k~.
       g: [parts, 64, 64], tiles that sum up to g; overwritten.
       e, half: `centre`'s.
-      a: [64, 64] float32, the sum of the scores of the chunk's tiles so far, to be masked; None if there are none.
+      a: [64, 64] float32, the sum of the scores of the chunk's tiles so far, to be masked.
       factors: [3, 64] float32 for read, keep and post.
       tools: the gater's own.
       mild: the largest |B| that the centred form takes.
       wait_for_qk: called before q and k are read.
       done_with_g: called when g is no longer needed.
-      starts: the chunk's `Starts`, if sequences can begin inside; a is then given.
+      starts: the chunk's `Starts`, if sequences can begin inside.
+      interpret: for the interpreter, which takes no wgmma's left operand in registers.
 
     Returns:
-      Whether the tile is mild; otherwise its scores are in `tools.strong`.
-      `a`, or zeros where it has been moved to `tools.strong`. Of a mild tile whose tokens are of several sequences it
-      has the scores already: q~ and k~ are cut.
+      Whether the tile is mild.
+      `a`, which has the tile's scores already if it is not mild, or if its tokens are of several sequences: q~ and k~
+      are cut.
     """
     is_mild = _least(e, tools.rows.at[0]) >= -0.5 * mild
     wait_for_qk()
 
-    def centred(*a):
+    def centred(a):
         done_with_g()
         factor = jnp.exp(half)
         factors[0] = factor if starts is None else factor * (1.0 - starts.first)
@@ -280,7 +281,7 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
         factors[2] = factor
         _scale(q, k, e)
         plgpu.commit_smem()
-        return a if starts is None else lax.cond(starts.parts_tokens, cut, lambda *a: a, *a)
+        return a if starts is None else lax.cond(starts.parts_tokens, cut, lambda a: a, a)
 
     def cut(a):
         assert starts is not None
@@ -289,27 +290,30 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
         q[...] = starts.before_first(load(q)).astype(q.dtype)
         k[...] = starts.after_last(load(k)).astype(k.dtype)
         plgpu.commit_smem()
-        return (a,)
+        return a
 
-    def strong(*a):
-        for x in a:
-            _add_strong(jnp.where(_in_lower(), x, 0.0), tools)
-        if starts is not None:
-            _store_gate(g, starts.reset(_load_gate(g)))
-        _gate_with_resets(q, k, g, factors, tools, mild, bool(a))
-        done_with_g()
-        # Between barriers: all warps have read what it was.
-        tools.number[1] = jnp.int32(1)
-        plgpu.commit_smem()
-        return tuple(nothing(x.dtype) for x in a)
+    def strong(a):
+        gate = _load_gate(g) if starts is None else starts.reset(_load_gate(g))
+        resets = _Resets.take_out(gate, g, tools)
+        e, half, is_mild = lax.cond(
+            resets.last >= 0.0,
+            lambda: resets.centre(g, tools, mild),
+            lambda: (nothing(jnp.float32), vector(0.0), jnp.bool_(False)),
+        )
 
-    moved = lax.cond(is_mild, centred, strong, *(() if a is None else (a,)))
-    return is_mild, moved[0] if moved else None
+        def around_resets(a):
+            done_with_g()
+            return resets.gate_around(q, k, factors, tools, e, half, a)
 
+        def by_levels(a):
+            resets.put_back(g)
+            a = _gate_by_levels(q, k, g, factors, tools, a, interpret)
+            done_with_g()
+            return a
 
-def _in_lower():
-    rows, columns = _iotas()
-    return rows >= columns
+        return lax.cond(is_mild, around_resets, by_levels, a)
+
+    return is_mild, lax.cond(is_mild, centred, strong, a)
 
 
 def _scale(q, k, e):
@@ -318,30 +322,16 @@ def _scale(q, k, e):
     k[...] = (load(k) * jnp.exp2(-exponent)).astype(k.dtype)
 
 
-def _add_strong(a, tools, full=False):
-    """Adds scores to those in `tools.strong`, which holds some if `full` or as tools.number[1] says."""
-    before = load(tools.strong)
-    if not full:
-        rows, _ = _iotas()
-        before = jnp.where(rows < CHUNK * tools.number[1], before, 0.0)
-    tools.strong[...] = (before + a).astype(tools.strong.dtype)
-
-
-def write_scores(scores, a, mask, tools, starts=None):
+def write_scores(scores, a, mask, starts=None):
     """Writes a chunk's scores.
 
     Args:
       scores: [64, 64] tile.
-      a: [64, 64] float32, the sum of the mild tiles' scores, to be masked.
+      a: [64, 64] float32, the sum of the tiles' scores, to be masked.
       mask: `lower_mask()`.
-      tools: the gater's own, with the sum of the strong tiles' scores.
       starts: the chunk's `Starts`; None if no sequence can begin inside.
     """
     scores[...] = lower(a.astype(scores.dtype), mask)
-
-    @pl.when(tools.number[1] > 0)
-    def _add():
-        scores[...] = (load(scores) + load(tools.strong)).astype(scores.dtype)
 
     if starts is not None:
 
@@ -373,109 +363,138 @@ def _store_gate(g, value):
         value -= part.astype(jnp.float32)
 
 
-def _sums(matrix, g):
-    """The product of a matrix and g."""
+def _products(*sums):
+    """Sums of products of pairs of tiles, in float32, all at the same time."""
 
-    def run(acc):
-        for i in range(g.shape[0]):
-            plgpu.wgmma(acc, matrix, g.at[i])
-        return acc[...]
+    def run(*accumulators):
+        for accumulator, pairs in zip(accumulators, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+        return [accumulator[...] for accumulator in accumulators]
 
-    return pl.run_scoped(run, plgpu.ACC((CHUNK, CHUNK), jnp.float32))
-
-
-def _totals(matrix, g):
-    """The sums of g that the matrix's last row takes, along the rows, eight times over."""
-
-    def run(acc):
-        for i in range(g.shape[0]):
-            plgpu.wgmma(acc, g.at[i].T, matrix.at[_LAST].T)
-        return acc[...]
-
-    return pl.run_scoped(run, plgpu.ACC((CHUNK, 8), jnp.float32))
+    shapes = ((a.shape[0], b.shape[1]) for (a, b), *_ in sums)
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def _gate_with_resets(q, k, g, factors, tools, mild, full):
-    reset = jnp.where(jnp.max(_load_gate(g), axis=1) <= FLOOR, 1.0, 0.0)
-    row = tools.rows.at[1]
-    row[...] = reset
-    # Every warp has read what it needs of g, and no wgmma reads it any more.
-    plgpu.commit_smem()
-    resets = jnp.sum(plgpu.load(row, layout=_COLUMNS))
-    _store_gate(g, jnp.maximum(jnp.where(along_rows(reset) > 0, 0.0, _load_gate(g)), FLOOR))
-    tools.scratch[...] = along_rows(reset).astype(tools.scratch.dtype)
-    plgpu.commit_smem()
-    e, half = centre(tools.triangle, g)
-    is_mild = (_least(e, tools.rows.at[2]) >= -0.5 * mild) & (resets > 0)
-
-    @pl.when(is_mild)
-    def _cut():
-        _gate_around_resets(q, k, g.at[0], factors, tools, e, half, resets, full)
-
-    @pl.when(jnp.logical_not(is_mild))
-    def _levels():
-        _store_gate(g, jnp.where(along_rows(reset) > 0, FLOOR, _load_gate(g)))
-        plgpu.commit_smem()
-        _gate_by_levels(q, k, g, factors, tools, full)
-
-
-def _gate_around_resets(q, k, spare, factors, tools, e, half, resets, full):
-    """Gates a tile whose resets are rows of ones in `tools.scratch`; `spare` is a tile that nothing reads."""
-    # Row i: how many resets come up to token i, less half of all.
-    count = jnp.max(matmul(tools.triangle, tools.scratch), axis=1)
-    _scale(q, k, e)
-    tools.rows[0] = jnp.exp(half)
-    plgpu.commit_smem()
-    spare[...] = matmul(q, k.T).astype(spare.dtype)
-    same = along_rows(count) == matmul(tools.scratch.T, tools.triangle.T)
-    plgpu.commit_smem()
-    _add_strong(jnp.where(same & _in_lower(), load(spare), 0.0), tools, full)
-    before_first = along_rows(jnp.where(count > 0.25 - 0.5 * resets, 0.0, 1.0))
-    after_last = along_rows(jnp.where(count < 0.5 * resets - 0.25, 0.0, 1.0))
-    read = plgpu.load(tools.rows.at[0], layout=_COLUMNS)
-    q[...] = (load(q) * before_first * along_columns(read)).astype(q.dtype)
-    k[...] = (load(k) * after_last).astype(k.dtype)
-    factors[0] = vector(1.0)
-    factors[1] = vector(0.0)
-    factors[2] = jnp.exp(half)
-    plgpu.commit_smem()
-
-
-def _gate_by_levels(q, k, g, factors, tools, full):
-    triangle, scratch, strong = tools.triangle, tools.scratch, tools.strong
+def _numbers(tools):
+    """Row and column numbers that the compiler cannot make, and spill, ahead of a branch or loop."""
     rows, columns = _iotas()
-    _add_strong(jnp.where(rows == columns, matmul(q, k.T), 0.0), tools, full)
+    return rows + tools.number[0], columns + tools.number[0]
 
-    # Numbers read from memory keep addresses and masks from being computed, and spilled, ahead of the loop.
-    def level(m, _):
-        zero = tools.number[0]
-        rows, columns = _iotas()
-        rows += zero
-        columns += zero
-        row_half, column_half = rows >> m, columns >> m
-        right = (row_half & 1) == 1
-        within = (row_half == column_half) & ((columns <= rows) == right)
-        triangle[...] = jnp.where(within, 1.0, 0.0).astype(triangle.dtype)
-        plgpu.commit_smem()
-        decay = jnp.exp(_sums(triangle, g))
-        scratch[...] = (jnp.where(right, load(q), load(k)) * decay).astype(scratch.dtype)
-        plgpu.commit_smem()
-        a = jnp.where(right & (row_half == column_half + 1), matmul(scratch, scratch.T), 0.0)
-        strong[...] = (load(strong) + a).astype(strong.dtype)
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), level, None)
-    plgpu.commit_smem()
-    rows, columns = _iotas()
-    rows += tools.number[0]
-    triangle[...] = jnp.where(columns > rows, 1.0, 0.0).astype(triangle.dtype)
-    plgpu.commit_smem()
-    k[...] = (load(k) * jnp.exp(_sums(triangle, g))).astype(k.dtype)
-    plgpu.commit_smem()
-    triangle[...] = jnp.where(columns <= rows, 1.0, 0.0).astype(triangle.dtype)
-    plgpu.commit_smem()
-    q[...] = (load(q) * jnp.exp(_sums(triangle, g))).astype(q.dtype)
+class _Resets(NamedTuple):
+    """The hard resets of whole tokens in a tile that is not mild.
+
+    Attributes:
+      is_reset: [64] along the rows, above 0 for such tokens.
+      since: [64] along the rows, the last of them up to token i, or -1.
+      last: the last of them in the chunk, or -1.
+    """
+
+    is_reset: Any
+    since: Any
+    last: Any
+
+    @classmethod
+    def take_out(cls, gate, g, tools):
+        """Of [64, 64] gates, which are written to g without them."""
+        is_reset = jnp.where(jnp.max(gate, axis=1) <= FLOOR, 1.0, 0.0)
+        tools.rows[1] = is_reset
+        # Every warp has read what it needs of g, and no wgmma reads it any more.
+        plgpu.commit_smem()
+        rows, columns = _numbers(tools)
+        across = along_columns(plgpu.load(tools.rows.at[1], layout=_COLUMNS))
+        since = jnp.max(jnp.where((across > 0.0) & (columns <= rows), columns.astype(jnp.float32), -1.0), axis=1)
+        tools.rows[2] = since
+        _store_gate(g, jnp.maximum(jnp.where(along_rows(is_reset) > 0.0, 0.0, gate), FLOOR))
+        plgpu.commit_smem()
+        return cls(is_reset, since, tools.rows[2, CHUNK - 1])
+
+    def put_back(self, g):
+        """Writes them to g again."""
+        _store_gate(g, jnp.where(along_rows(self.is_reset) > 0.0, FLOOR, _load_gate(g)))
+        plgpu.commit_smem()
+
+    def centre(self, g, tools, mild):
+        """`centre`'s without them, and whether the tile is mild so."""
+        e, half = centre(tools.triangle, g)
+        return e, half, _least(e, tools.rows.at[1]) >= -0.5 * mild
+
+    def gate_around(self, q, k, factors, tools, e, half, a):
+        """Gates a tile that is mild but for them; returns a and its scores."""
+        _scale(q, k, e)
+        tools.rows[0] = jnp.exp(half)
+        plgpu.commit_smem()
+        scores = matmul(q, k.T)
+        rows, columns = _numbers(tools)
+        since = along_rows(self.since)
+        a += jnp.where((columns <= rows) & (columns.astype(jnp.float32) >= since), scores, 0.0)
+        # No wgmma reads q and k any more.
+        plgpu.commit_smem()
+        read = along_columns(plgpu.load(tools.rows.at[0], layout=_COLUMNS))
+        q[...] = jnp.where(since < 0.0, load(q) * read, 0.0).astype(q.dtype)
+        k[...] = jnp.where(rows.astype(jnp.float32) >= self.last, load(k), 0.0).astype(k.dtype)
+        factors[0] = vector(1.0)
+        factors[1] = vector(0.0)
+        factors[2] = jnp.exp(half)
+        plgpu.commit_smem()
+        return a
+
+
+def _gate_by_levels(q, k, g, factors, tools, a, interpret):
+    """Gates any tile; returns a and its scores."""
+    parts = [g.at[i] for i in range(g.shape[0])]
+
+    def sums(keep):
+        """Pairs whose products add up to the sums of g over the tokens that `keep` [64, 64] says."""
+        matrix = jnp.where(keep, 1.0, 0.0).astype(g.dtype)
+        if interpret:
+            tools.triangle[...] = matrix
+            plgpu.commit_smem()
+            matrix = tools.triangle
+        return [(matrix, part) for part in parts]
+
+    def halves(m):
+        rows, columns = _numbers(tools)
+        return rows >> m, columns >> m, columns <= rows
+
+    def level_sums(m):
+        row_half, column_half, lower = halves(m)
+        return sums((row_half == column_half) & (lower == ((row_half & 1) == 1)))
+
+    def write_operand(x, m, exponents):
+        right = (halves(m)[0] & 1) == 1
+        x[...] = (jnp.where(right, load(q), load(k)) * jnp.exp(exponents)).astype(x.dtype)
+        plgpu.commit_smem()
+
+    def level(m, a, x, next_x):
+        # The next level's sums wait for wgmma together with this one's scores, and two tiles take turns.
+        scores, exponents = _products([(x, x.T)], level_sums(m + 1))
+        row_half, column_half, _ = halves(m)
+        a += jnp.where(((row_half & 1) == 1) & (row_half == column_half + 1), scores, 0.0)
+        write_operand(next_x, m + 1, exponents)
+        return a
+
+    def two_levels(i, a):
+        a = level(2 * i, a, tools.scratch, tools.spare)
+        return level(2 * i + 1, a, tools.spare, tools.scratch)
+
+    diagonal, exponents = _products([(q, k.T)], level_sums(jnp.int32(0)))
+    rows, columns = _numbers(tools)
+    a += jnp.where(rows == columns, diagonal, 0.0)
+    write_operand(tools.scratch, jnp.int32(0), exponents)
+    a = lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS // 2), two_levels, a)
+
+    # One level more, whose left half is the chunk, has left k~.
+    (exponents,) = _products(sums(halves(0)[2]))
+    if interpret:
+        write_triangle(tools.triangle)
+    # The triangle's last row is all 1/2, and no gate is positive: the least is B/2.
+    (total,) = _products([(part.T, tools.triangle.at[_LAST].T) for part in parts])
+    q[...] = (load(q) * jnp.exp(exponents)).astype(q.dtype)
+    k[...] = tools.scratch[...]
     factors[0] = vector(1.0)
-    factors[1] = jnp.exp(jnp.min(_totals(triangle, g), axis=1))
+    factors[1] = jnp.exp(2.0 * jnp.min(total, axis=1))
     factors[2] = vector(1.0)
     plgpu.commit_smem()
-    write_triangle(triangle)
+    return a
