@@ -13,6 +13,8 @@ FLAGS :=
 train: $(READY)
 	@$(BIN)/gla-jax train $(FLAGS)
 
+# XLA's compiler takes most of these tests' time; `make large` and `make exhaustive` have it optimize.
+test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -25,9 +25,13 @@ def shared(seed, g=None, gate="vector", **options) -> Arguments:
     return arguments(seed, 1, TIME, HEADS, KEY, VALUE, hk=GROUPS, g=g, gate=gate, **options)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=() if c.small else pytest.mark.large, id=c.name) for c in CASES]
-)
+def _mark(case):
+    if case.small:
+        return ()
+    return pytest.mark.large if case.dtype == "float32" else pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=_mark(c), id=c.name) for c in CASES])
 def test_cases_of_flash_linear_attention(case):
     x = arguments(
         42,

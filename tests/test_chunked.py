@@ -75,7 +75,7 @@ def test_chunkwise_is_the_recurrence(call):
     check_a_call(call)
 
 
-@pytest.mark.large
+@pytest.mark.exhaustive
 @settings(40)
 @hypothesis.given(calls())
 def test_chunkwise_is_the_recurrence_more_often(call):
