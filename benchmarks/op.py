@@ -5,7 +5,7 @@
     python -m benchmarks.op cpu --out benchmarks/results/op-cpu.json            # pip install ".[peers]"
     python -m benchmarks.op peers --out benchmarks/results/peers-h100.json      # and the same, on a GPU
     python -m benchmarks.op slow-peers --limit 1200                             # minutes a line
-    python -m benchmarks.op tiny                                                # to see that it runs
+    python -m benchmarks.op --small                                             # to see that it runs
 
 "attention" is causal softmax attention with 16 heads of 128, the width of the shapes, by cuDNN on GPUs. "fla" is
 flash-linear-attention's chunk_gla (PyTorch, Triton), which tries hundreds of kernels the first time that it sees a pair
@@ -43,10 +43,9 @@ SHAPES: list[Shape] = [
 GATES = {"mild": "", "logsigmoid": ", logsigmoid(normal) gates", "strong": ", a tenth of the gates from -5 to -inf"}
 PACKAGES = {"fla": "flash-linear-attention", "jla": "jax-linear-attention"}
 HERE: Shape = (1, 2048, 4, 128, 256)
-SMALL: Shape = (1, 64, 1, 16, 16)
+SMALL: Shape = (1, 64, 1, 64, 64)
 # The kind of record, and each line's name, gates and shape. jla has kernels for widths of 64 and 128 alone.
 SETS: dict[str, tuple[str, list[tuple[str, str, Shape]]]] = {
-    "tiny": ("op", [("xla", "strong", SMALL), ("attention", "mild", SMALL)]),
     "cpu": ("op", [*(("xla", g, HERE) for g in GATES), ("reference", "mild", HERE), ("jla", "mild", HERE)]),
     "gpu": (
         "op",
@@ -197,10 +196,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     names = dict.fromkeys(line[0] for _, lines in SETS.values() for line in lines)
     parser.add_argument("--ops", nargs="+", choices=names, default=list(names), help="the lines of these alone")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of a line, its wait for others included")
+    parser.add_argument("--small", action="store_true", help="64 tokens and channels, and xla in place of mosaic_gpu")
     parser.add_argument("--line", type=int, help="this line alone, in this process")
     given = parser.parse_args(arguments)
     which = given.lines or default()
     what, lines = SETS[which]
+    if given.small:
+        lines = list(dict.fromkeys((name.replace("mosaic_gpu", "xla"), gates, SMALL) for name, gates, _ in lines))
     if given.line is not None:
         row = measure(*lines[given.line])
         print(json.dumps(row), flush=True)
@@ -219,7 +221,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         1 if which == "cpu" else 2 * (os.cpu_count() or 1)
     )  # even a process that starts would slow the others there
     for part in parts:
-        commands = [[which, "--line", str(i)] for i in part]
+        commands = [[which, *["--small"] * given.small, "--line", str(i)] for i in part]
         for place, row in each("benchmarks.op", commands, at_once, given.limit) if part else ():
             i = part[place]
             if "FAILED" in row:

@@ -95,7 +95,8 @@ def test_every_record_is_in_a_table_or_named_on_a_page(monkeypatch):
 
 
 def test_the_op_is_timed_line_by_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(op.SETS, "tiny", ("peers", [*op.SETS["tiny"][1], ("fla", "mild", op.SMALL)]))
+    lines = [("mosaic_gpu", "strong"), ("attention", "mild"), ("fla", "mild"), ("xla", "strong")]
+    monkeypatch.setitem(op.SETS, "peers", ("peers", [(*line, op.WIDE) for line in lines]))
     monkeypatch.setattr(op, "missing", lambda name: "it is not here" if name == "fla" else None)
 
     def in_this_process(module, commands, at_once, limit_s):
@@ -105,18 +106,18 @@ def test_the_op_is_timed_line_by_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(op, "each", in_this_process)
     out = tmp_path / "peers-cpu.json"
-    assert cli.main(["bench", "op", "--", "tiny", "--out", str(out)]) == 0
+    assert cli.main(["bench", "op", "--", "peers", "--small", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     (row,) = record["results"]
     assert (record["what"], record["device"], row["dtype"]) == ("peers", "cpu", "float32")
-    assert (row["op"], row["shape"]) == ("xla, a tenth of the gates from -5 to -inf", [1, 64, 1, 16, 16])
+    assert (row["op"], row["shape"]) == ("xla, a tenth of the gates from -5 to -inf", [1, 64, 1, 64, 64])
     assert 0 < row["forward"] < 1e4
     assert 0 < row["forward and backward"] < 1e4
     assert [line[0] + ": " + line[-1] for line in record["failed"]] == ["fla: it is not here", "attention: no memory"]
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     row |= {"op": "mosaic_gpu", "forward": 0.25}
     out.write_text(json.dumps(record))
-    assert "| 1, 64, 1, 16, 16 | 0.25 / " in tables.peers_table()
+    assert "| 1, 64, 1, 64, 64 | 0.25 / " in tables.peers_table()
 
 
 def test_arguments_of_benchmarks_need_no_dashes():
