@@ -215,7 +215,7 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
         plgpu.barrier_arrive(s["prepared"])
         plgpu.barrier_wait(s["prepared"])
 
-    mask = gating.lower_mask(s["triangle"].at[gater])
+    mask = s["triangle"].at[gater]
 
     def chunk(i, _):
         n = i * config.turns + turn

@@ -174,7 +174,8 @@ def lower_mask(triangle):
 
 def lower(a, mask):
     """The lower triangle of a 16-bit tile, zeros above it whatever is there."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.uint16) & mask, a.dtype)
+    upper = lax.bitcast_convert_type(plgpu.layout_cast(mask[...], plgpu.Layout.WGMMA), jnp.int16) >> 15
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int16) & ~upper, a.dtype)
 
 
 def along_rows(x):
@@ -306,7 +307,7 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
             return resets.gate_around(q, k, factors, tools, e, half, a)
 
         def by_levels(a):
-            resets.put_back(g)
+            pl.when(resets.last >= 0.0)(lambda: resets.put_back(g))
             a = _gate_by_levels(q, k, g, factors, tools, a, interpret)
             done_with_g()
             return a
@@ -416,29 +417,30 @@ class _Resets(NamedTuple):
         plgpu.commit_smem()
 
     def centre(self, g, tools, mild):
-        """`centre`'s without them, and whether the tile is mild so."""
+        """`centre`'s without them, and whether the tile is mild so. Leaves exp(B/2) in a row."""
         e, half = centre(tools.triangle, g)
+        tools.rows[0] = jnp.exp(half)
         return e, half, _least(e, tools.rows.at[1]) >= -0.5 * mild
 
     def gate_around(self, q, k, factors, tools, e, half, a):
         """Gates a tile that is mild but for them; returns a and its scores."""
-        _scale(q, k, e)
-        tools.rows[0] = jnp.exp(half)
-        plgpu.commit_smem()
-        scores = matmul(q, k.T)
+        exponent = e * 1.4426950408889634
         rows, columns = _numbers(tools)
         since = along_rows(self.since)
-        a += jnp.where((columns <= rows) & (columns.astype(jnp.float32) >= since), scores, 0.0)
-        # No wgmma reads q and k any more.
-        plgpu.commit_smem()
         read = along_columns(plgpu.load(tools.rows.at[0], layout=_COLUMNS))
-        q[...] = jnp.where(since < 0.0, load(q) * read, 0.0).astype(q.dtype)
-        k[...] = jnp.where(rows.astype(jnp.float32) >= self.last, load(k), 0.0).astype(k.dtype)
+        # The scores are of tiles that are not cut.
+        scaled = load(q) * jnp.exp2(exponent)
+        tools.scratch[...] = scaled.astype(q.dtype)
+        q[...] = jnp.where(since < 0.0, scaled * read, 0.0).astype(q.dtype)
+        scaled = (load(k) * jnp.exp2(-exponent)).astype(k.dtype)
+        tools.spare[...] = scaled
+        k[...] = jnp.where(rows.astype(jnp.float32) >= self.last, scaled, 0.0).astype(k.dtype)
         factors[0] = vector(1.0)
         factors[1] = vector(0.0)
         factors[2] = jnp.exp(half)
         plgpu.commit_smem()
-        return a
+        scores = matmul(tools.scratch, tools.spare.T)
+        return a + jnp.where((columns <= rows) & (columns.astype(jnp.float32) >= since), scores, 0.0)
 
 
 def _gate_by_levels(q, k, g, factors, tools, a, interpret):
