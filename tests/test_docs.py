@@ -125,7 +125,6 @@ def test_arguments_of_benchmarks_need_no_dashes():
     assert found == [("--preset", "tiny")] * 2
 
 
-@pytest.mark.large
 def test_decoding_is_timed(tmp_path, monkeypatch):
     out = tmp_path / "decode-cpu.json"
     assert cli.main(["bench", "decode", "--", "--tiny", "--out", str(out)]) == 0
@@ -263,21 +262,6 @@ def test_claims_of_lengths_are_compared():
     assert list(lengths.claims_of_ops(times[1::2]).values()) == [True]
 
 
-@pytest.mark.large
-@pytest.mark.parametrize(
-    ("part", "seen"),
-    [("training", ["| GLA | 32 |", "| Transformer++ | 64 |", "| Mamba | 64 |"]), ("op", ["| GLA, 1 x (16, 16) | "])],
-)
-def test_lengths_run(part, seen, tmp_path, monkeypatch):
-    record = lengths.main([part, "--preset", "tiny", "--out", str(tmp_path / "out.json")])
-    assert record["failed"] == []
-    assert [x["length"] for x in record["results"]] == ([32, 64] * 3 if part == "training" else [64, 64, 128, 128])
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    table = tables.TABLES[f"{part} against length"]()
-    assert [row for row in seen if row not in table] == []
-    assert (tmp_path / "out.svg").read_text().startswith("<?xml")
-
-
 def test_processes_measure_one_at_a_time_and_say_what_failed(tmp_path, monkeypatch):
     # Writes when it was alone; the second line fails, and the third takes too long.
     (tmp_path / "measured.py").write_text(
@@ -293,19 +277,6 @@ def test_processes_measure_one_at_a_time_and_say_what_failed(tmp_path, monkeypat
     assert found[2] == {"FAILED": "no result in 10 s"}
     first, second = sorted((found[0], found[3]), key=lambda row: row["began"])
     assert first["ended"] <= second["began"]
-
-
-@pytest.mark.large
-@pytest.mark.parametrize(
-    ("experiment", "model"), [(mqar, "GLA"), (ladder, "GLA, 4 heads"), (extrapolation, "GLA, truncated")]
-)
-def test_experiments_run(experiment, model, tmp_path, monkeypatch):
-    results = experiment.main(["--preset", "tiny", "--models", model, "--out", str(tmp_path / "out.json")])
-    assert np.isfinite(results[model]["loss"]).all()
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    name = experiment.__name__.rsplit(".", 1)[1]
-    assert f"| {model} |" in tables.TABLES[name]()
-    assert (tmp_path / "out.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.large
