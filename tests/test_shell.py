@@ -31,7 +31,7 @@ from tests.interop.test_scoring import TASK
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^(<!-- run by `make exhaustive`: .+ -->\n)?```sh\n(.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^(<!-- run by `make exhaustive`: [^\n]+ -->\n)?```sh\n(.*?)^```", re.M | re.S)
 OTHER = re.compile(r"^```(?!sh$|python$|text$|\{[\w-]+\}|$)|^(?!```)\n {4}\S", re.M)
 SMALL = [
     *("--data=my.txt", "--mesh.data=1", "--optimizer=adamw"),
@@ -205,7 +205,9 @@ def test_a_task_of_lm_eval_runs(folder, venv, monkeypatch):
 
 
 def test_every_block_says_what_it_is():
-    assert [page.name for page in PAGES if OTHER.search(page.read_text())] == []
+    pages = {page.name: page.read_text() for page in PAGES}
+    assert [name for name, text in pages.items() if OTHER.search(text)] == []
+    assert [name for name, text in pages.items() if len(BLOCK.findall(text)) != text.count("```sh")] == []
     assert {page.name for page, _, _ in EVERY} >= {"README.md", "quickstart.md", "training.md", "performance.md"}
 
 
