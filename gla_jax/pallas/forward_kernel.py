@@ -41,7 +41,7 @@ def scratch(config, dtype, gate_parts, has_starts=False):
         "v": _tile((c.v_slots, c.matmul_groups, *tile), dtype),
         "scores": _tile((c.score_slots, c.block_gaters, *tile), dtype),
         "factors": plgpu.SMEM((3, c.qk_slots, CHUNK), jnp.float32),
-        "triangle": _tile((c.gaters, *tile), dtype),
+        "triangle": _tile(tile, dtype),
         "spare": _tile((c.gaters, *tile), dtype),
         "rows": plgpu.SMEM((c.gaters, 3, CHUNK), jnp.float32),
         "number": plgpu.SMEM((c.gaters + c.matmul_groups, 8), jnp.int32),
@@ -203,19 +203,17 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
     number, rows = s["number"].at[config.matmul_groups + gater], s["rows"].at[gater]
     own = config.key_blocks // config.block_gaters
     share, turn = lax.rem(gater, jnp.int32(config.block_gaters)), lax.div(gater, jnp.int32(config.block_gaters))
-    gating.write_triangle(s["triangle"].at[gater])
-    if not scalar_gate:
-        number[0] = jnp.int32(0)
+    number[0] = jnp.int32(0)
 
-        @pl.when(gater == 0)
-        def _zeros():
+    @pl.when(gater == 0)
+    def _prepare():
+        gating.write_triangle(s["triangle"])
+        if not scalar_gate:
             s["qk"][zeros] = gating.nothing(s["qk"].dtype)
 
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(s["prepared"])
-        plgpu.barrier_wait(s["prepared"])
-
-    mask = s["triangle"].at[gater]
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(s["prepared"])
+    plgpu.barrier_wait(s["prepared"])
 
     def chunk(i, _):
         n = i * config.turns + turn
@@ -232,7 +230,7 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
         if "marks" in s:
             plgpu.barrier_wait(s["marks_loaded"].at[score_slot])
             starts = gating.Starts.read(s["marks"].at[score_slot])
-        tools = gating.Tools(s["triangle"].at[gater], scores, s["spare"].at[gater], rows, number)
+        tools = gating.Tools(s["triangle"], scores, s["spare"].at[gater], rows, number)
 
         def tile(j, carry):
             a, before, before_k = carry
@@ -263,27 +261,31 @@ def gate_chunks(s, gater, config, chunks, scalar_gate, interpret, at_end=None, n
 
             ready = lambda: plgpu.barrier_wait(s["qk_loaded"].at[slot])
             done = lambda: plgpu.barrier_arrive(s["g_free"].at[g_slot])
-            is_mild, a = gating.gate_tile(
+            is_plain, is_mild, a = gating.gate_tile(
                 q, k, g, e, half, a, factors, tools, config.mild, ready, done, starts, interpret
             )
             if note is not None:
                 note(n, block, is_mild)
             arrive("gated", slot)
-            # A strong or cut tile's scores are in `a` already: it meets zeros.
-            meets = is_mild if starts is None else is_mild & jnp.logical_not(starts.parts_tokens)
-            return a, slot, jnp.where(meets, config.qk_slots + slot, zeros)
+            # A tile whose scores are in `a` already meets zeros.
+            return a, slot, jnp.where(is_plain, config.qk_slots + slot, zeros)
 
-        carry = gating.nothing(_F32), zeros, zeros
+        alone = own == 1 and not scalar_gate
+        carry = None if alone else gating.nothing(_F32), zeros, zeros
         carry = tile(jnp.int32(0), carry) if own == 1 else lax.fori_loop(jnp.int32(0), jnp.int32(own), tile, carry)
         a, before, before_k = carry
         if scalar_gate:
             g_slot = slot_of(n, config.g_slots)
-            write_decayed_scores(scores, a, mask, s["g"].at[g_slot], rows.at[0])
+            write_decayed_scores(scores, a, s["triangle"], s["g"].at[g_slot], rows.at[0])
             plgpu.barrier_arrive(s["g_free"].at[g_slot])
         else:
-            a += gating.matmul(s["qk"].at[before], s["qk"].at[before_k].T)
+            last = lambda: gating.matmul(s["qk"].at[before], s["qk"].at[before_k].T)
+            if alone:
+                pl.when(before_k != zeros)(lambda: gating.write_scores(scores, last(), s["triangle"]))
+            else:
+                a += last()
             arrive("qk_free", before)
-            gating.write_scores(scores, a, mask, starts)
+            gating.write_scores(scores, a, s["triangle"], starts)
             if starts is not None:
                 plgpu.barrier_arrive(s["marks_free"].at[score_slot])
         if at_end is not None:

@@ -29,7 +29,7 @@ def scratch(config, dtype, gate_parts, has_starts=False):
         "g": tile(c.g_slots, gate_parts) if gate_parts else plgpu.SMEM((c.g_slots, CHUNK), _F32),
         "scores": tile(c.score_slots, c.block_gaters),
         "factors": plgpu.SMEM((3, c.qk_slots, CHUNK), _F32),
-        "triangle": tile(c.gaters),
+        "triangle": tile(),
         "spare": tile(c.gaters),
         "rows": plgpu.SMEM((c.gaters, 3, CHUNK), _F32),
         "number": plgpu.SMEM((c.gaters, 8), jnp.int32),

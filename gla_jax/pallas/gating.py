@@ -46,7 +46,7 @@ _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 class Tools(NamedTuple):
-    """A gater's own shared memory.
+    """A gater's shared memory, its own but for the triangle.
 
     Attributes:
       triangle: [64, 64] tile with the triangle of +-1/2.
@@ -164,17 +164,11 @@ def write_triangle(triangle):
     plgpu.commit_smem()
 
 
-def lower_mask(triangle):
-    """All bits of a [64, 64] tile's lower triangle, as 16-bit integers, from the triangle of +-1/2.
-
-    By way of float32: of masks that it sees through, the compiler makes a comparison and a selection an element.
-    """
-    return (-0.5 - load(triangle)).astype(jnp.int32).astype(jnp.uint16)
-
-
-def lower(a, mask):
-    """The lower triangle of a 16-bit tile, zeros above it whatever is there."""
-    upper = lax.bitcast_convert_type(plgpu.layout_cast(mask[...], plgpu.Layout.WGMMA), jnp.int16) >> 15
+def lower(a, triangle):
+    """The lower triangle of a 16-bit tile, zeros above it whatever is there; from signs of the triangle of +-1/2."""
+    signs = lax.bitcast_convert_type(plgpu.layout_cast(triangle[...], plgpu.Layout.WGMMA), jnp.int16)
+    # -1 where negative, else 0: a minimum and a maximum take two numbers at a time, and a shift does not.
+    upper = jnp.maximum(jnp.minimum(signs, jnp.int16(0)), jnp.int16(-1))
     return lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int16) & ~upper, a.dtype)
 
 
@@ -257,7 +251,7 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
       q, k: [64 tokens, 64 channels] tiles; become q~ and k~.
       g: [parts, 64, 64], tiles that sum up to g; overwritten.
       e, half: `centre`'s.
-      a: [64, 64] float32, the sum of the scores of the chunk's tiles so far, to be masked.
+      a: [64, 64] float32, the sum of the scores of the chunk's tiles so far, to be masked; None for a chunk of one tile.
       factors: [3, 64] float32 for read, keep and post.
       tools: the gater's own.
       mild: the largest |B| that the centred form takes.
@@ -267,14 +261,21 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
       interpret: for the interpreter, which takes no wgmma's left operand in registers.
 
     Returns:
+      Whether q~ k~^T are the tile's scores. If not, as the tile is not mild, or is cut, `a` has them already, or
+      `tools.scratch` where it is None.
       Whether the tile is mild.
-      `a`, which has the tile's scores already if it is not mild, or if its tokens are of several sequences: q~ and k~
-      are cut.
+      `a`.
     """
     is_mild = _least(e, tools.rows.at[0]) >= -0.5 * mild
     wait_for_qk()
 
-    def centred(a):
+    def summed(add, *a):
+        if a:
+            return (add(*a),)
+        tools.scratch[...] = lower(add(nothing(jnp.float32)).astype(q.dtype), tools.triangle)
+        return ()
+
+    def centred(*a):
         done_with_g()
         factor = jnp.exp(half)
         factors[0] = factor if starts is None else factor * (1.0 - starts.first)
@@ -282,18 +283,18 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
         factors[2] = factor
         _scale(q, k, e)
         plgpu.commit_smem()
-        return a if starts is None else lax.cond(starts.parts_tokens, cut, lambda a: a, a)
+        return a if starts is None else lax.cond(starts.parts_tokens, cut, lambda *a: a, *a)
 
-    def cut(a):
+    def cut(*a):
         assert starts is not None
-        a += matmul(q, k.T)
+        a = summed(lambda a: a + matmul(q, k.T), *a)
         plgpu.commit_smem()
         q[...] = starts.before_first(load(q)).astype(q.dtype)
         k[...] = starts.after_last(load(k)).astype(k.dtype)
         plgpu.commit_smem()
         return a
 
-    def strong(a):
+    def strong(*a):
         gate = _load_gate(g) if starts is None else starts.reset(_load_gate(g))
         resets = _Resets.take_out(gate, g, tools)
         e, half, is_mild = lax.cond(
@@ -302,19 +303,21 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
             lambda: (nothing(jnp.float32), vector(0.0), jnp.bool_(False)),
         )
 
-        def around_resets(a):
+        def around_resets(*a):
             done_with_g()
-            return resets.gate_around(q, k, factors, tools, e, half, a)
+            return summed(lambda a: resets.gate_around(q, k, factors, tools, e, half, a), *a)
 
-        def by_levels(a):
+        def by_levels(*a):
             pl.when(resets.last >= 0.0)(lambda: resets.put_back(g))
-            a = _gate_by_levels(q, k, g, factors, tools, a, interpret)
+            a = summed(lambda a: _gate_by_levels(q, k, g, factors, tools, a, interpret), *a)
             done_with_g()
             return a
 
-        return lax.cond(is_mild, around_resets, by_levels, a)
+        return lax.cond(is_mild, around_resets, by_levels, *a)
 
-    return is_mild, lax.cond(is_mild, centred, strong, a)
+    a = lax.cond(is_mild, centred, strong, *(() if a is None else (a,)))
+    is_plain = is_mild if starts is None else is_mild & jnp.logical_not(starts.parts_tokens)
+    return is_plain, is_mild, a[0] if a else None
 
 
 def _scale(q, k, e):
@@ -323,16 +326,17 @@ def _scale(q, k, e):
     k[...] = (load(k) * jnp.exp2(-exponent)).astype(k.dtype)
 
 
-def write_scores(scores, a, mask, starts=None):
+def write_scores(scores, a, triangle, starts=None):
     """Writes a chunk's scores.
 
     Args:
       scores: [64, 64] tile.
-      a: [64, 64] float32, the sum of the tiles' scores, to be masked.
-      mask: `lower_mask()`.
+      a: [64, 64] float32, the sum of the tiles' scores, to be masked; None if it is there already.
+      triangle: [64, 64] tile with the triangle of +-1/2.
       starts: the chunk's `Starts`; None if no sequence can begin inside.
     """
-    scores[...] = lower(a.astype(scores.dtype), mask)
+    if a is not None:
+        scores[...] = lower(a.astype(scores.dtype), triangle)
 
     if starts is not None:
 
@@ -378,9 +382,14 @@ def _products(*sums):
 
 
 def _numbers(tools):
-    """Row and column numbers that the compiler cannot make, and spill, ahead of a branch or loop."""
-    rows, columns = _iotas()
-    return rows + tools.number[0], columns + tools.number[0]
+    """Row numbers [64], column numbers [64, 64], that the compiler cannot make, and spill, ahead of a branch or loop."""
+    rows = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=_ROWS)
+    return rows + tools.number[0], _iotas()[1] + tools.number[0]
+
+
+def _between(columns, start, count):
+    """Where column numbers [64, 64] are one of `count` [64] from `start` [64] on, by row. By one comparison."""
+    return (columns - along_rows(start)).astype(jnp.uint32) < along_rows(count.astype(jnp.uint32))
 
 
 class _Resets(NamedTuple):
@@ -400,12 +409,12 @@ class _Resets(NamedTuple):
     def take_out(cls, gate, g, tools):
         """Of [64, 64] gates, which are written to g without them."""
         is_reset = jnp.where(jnp.max(gate, axis=1) <= FLOOR, 1.0, 0.0)
-        tools.rows[1] = is_reset
+        rows, columns = _numbers(tools)
+        tools.rows[1] = jnp.where(is_reset > 0.0, rows.astype(jnp.float32), -1.0)
         # Every warp has read what it needs of g, and no wgmma reads it any more.
         plgpu.commit_smem()
-        rows, columns = _numbers(tools)
         across = along_columns(plgpu.load(tools.rows.at[1], layout=_COLUMNS))
-        since = jnp.max(jnp.where((across > 0.0) & (columns <= rows), columns.astype(jnp.float32), -1.0), axis=1)
+        since = jnp.max(jnp.where(columns <= along_rows(rows), across, -1.0), axis=1)
         tools.rows[2] = since
         _store_gate(g, jnp.maximum(jnp.where(along_rows(is_reset) > 0.0, 0.0, gate), FLOOR))
         plgpu.commit_smem()
@@ -426,54 +435,58 @@ class _Resets(NamedTuple):
         """Gates a tile that is mild but for them; returns a and its scores."""
         exponent = e * 1.4426950408889634
         rows, columns = _numbers(tools)
-        since = along_rows(self.since)
         read = along_columns(plgpu.load(tools.rows.at[0], layout=_COLUMNS))
         # The scores are of tiles that are not cut.
         scaled = load(q) * jnp.exp2(exponent)
         tools.scratch[...] = scaled.astype(q.dtype)
-        q[...] = jnp.where(since < 0.0, scaled * read, 0.0).astype(q.dtype)
+        q[...] = jnp.where(along_rows(self.since) < 0.0, scaled * read, 0.0).astype(q.dtype)
         scaled = (load(k) * jnp.exp2(-exponent)).astype(k.dtype)
         tools.spare[...] = scaled
-        k[...] = jnp.where(rows.astype(jnp.float32) >= self.last, scaled, 0.0).astype(k.dtype)
+        k[...] = jnp.where(along_rows(rows.astype(jnp.float32)) >= self.last, scaled, 0.0).astype(k.dtype)
         factors[0] = vector(1.0)
         factors[1] = vector(0.0)
         factors[2] = jnp.exp(half)
         plgpu.commit_smem()
         scores = matmul(tools.scratch, tools.spare.T)
-        return a + jnp.where((columns <= rows) & (columns.astype(jnp.float32) >= since), scores, 0.0)
+        since = self.since.astype(jnp.int32)
+        return jnp.where(_between(columns, since, rows - since + 1), a + scores, a)
 
 
 def _gate_by_levels(q, k, g, factors, tools, a, interpret):
     """Gates any tile; returns a and its scores."""
     parts = [g.at[i] for i in range(g.shape[0])]
 
-    def sums(keep):
-        """Pairs whose products add up to the sums of g over the tokens that `keep` [64, 64] says."""
+    def products(keep, *pairs):
+        """Of pairs of tiles, and the sums of g over the tokens that `keep` [64, 64] says."""
         matrix = jnp.where(keep, 1.0, 0.0).astype(g.dtype)
         if interpret:
-            tools.triangle[...] = matrix
-            plgpu.commit_smem()
-            matrix = tools.triangle
-        return [(matrix, part) for part in parts]
+            sums = sum(jnp.dot(matrix, part[...], preferred_element_type=jnp.float32) for part in parts)
+            return [*(matmul(*pair) for pair in pairs), sums]
+        return _products(*([pair] for pair in pairs), [(matrix, part) for part in parts])
 
     def halves(m):
+        """Of each row: its number, that of its half block of 2^m tokens, and whether that is a right half, 0 or 1."""
         rows, columns = _numbers(tools)
-        return rows >> m, columns >> m, columns <= rows
+        return rows, rows >> m, (rows >> m) & 1, columns
 
-    def level_sums(m):
-        row_half, column_half, lower = halves(m)
-        return sums((row_half == column_half) & (lower == ((row_half & 1) == 1)))
+    def in_level(m):
+        rows, half, _, columns = halves(m)
+        middle, after = (half | 1) << m, rows + 1
+        return _between(columns, jnp.minimum(middle, after), jnp.abs(middle - after))
+
+    bits = lambda x: lax.bitcast_convert_type(plgpu.layout_cast(x[...], plgpu.Layout.WGMMA), jnp.uint16)
 
     def write_operand(x, m, exponents):
-        right = (halves(m)[0] & 1) == 1
-        x[...] = (jnp.where(right, load(q), load(k)) * jnp.exp(exponents)).astype(x.dtype)
+        all_if_right = along_rows(-halves(m)[2]).astype(jnp.uint16)
+        q_or_k = lax.bitcast_convert_type(bits(k) ^ ((bits(q) ^ bits(k)) & all_if_right), q.dtype)
+        x[...] = (q_or_k.astype(jnp.float32) * jnp.exp(exponents)).astype(x.dtype)
         plgpu.commit_smem()
 
     def level(m, a, x, next_x):
         # The next level's sums wait for wgmma together with this one's scores, and two tiles take turns.
-        scores, exponents = _products([(x, x.T)], level_sums(m + 1))
-        row_half, column_half, _ = halves(m)
-        a += jnp.where(((row_half & 1) == 1) & (row_half == column_half + 1), scores, 0.0)
+        scores, exponents = products(in_level(m + 1), (x, x.T))
+        _, half, right, columns = halves(m)
+        a = jnp.where(_between(columns, (half - 1) << m, right << m), a + scores, a)
         write_operand(next_x, m + 1, exponents)
         return a
 
@@ -481,16 +494,15 @@ def _gate_by_levels(q, k, g, factors, tools, a, interpret):
         a = level(2 * i, a, tools.scratch, tools.spare)
         return level(2 * i + 1, a, tools.spare, tools.scratch)
 
-    diagonal, exponents = _products([(q, k.T)], level_sums(jnp.int32(0)))
+    diagonal, exponents = products(in_level(jnp.int32(0)), (q, k.T))
     rows, columns = _numbers(tools)
-    a += jnp.where(rows == columns, diagonal, 0.0)
+    a = jnp.where(columns == along_rows(rows), a + diagonal, a)
     write_operand(tools.scratch, jnp.int32(0), exponents)
     a = lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS // 2), two_levels, a)
 
     # One level more, whose left half is the chunk, has left k~.
-    (exponents,) = _products(sums(halves(0)[2]))
-    if interpret:
-        write_triangle(tools.triangle)
+    rows, columns = _numbers(tools)
+    (exponents,) = products(columns <= along_rows(rows))
     # The triangle's last row is all 1/2, and no gate is positive: the least is B/2.
     (total,) = _products([(part.T, tools.triangle.at[_LAST].T) for part in parts])
     q[...] = (load(q) * jnp.exp(exponents)).astype(q.dtype)

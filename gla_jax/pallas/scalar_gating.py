@@ -19,13 +19,13 @@ from gla_jax.pallas.gating import CHUNK, along_rows, load, lower, matmul, vector
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
-def write_decayed_scores(scores, a, mask, b, row):
+def write_decayed_scores(scores, a, triangle, b, row):
     """Writes A of a chunk.
 
     Args:
       scores: [64, 64] tile.
       a: [64, 64] float32, q k^T.
-      mask: `gating.lower_mask()`.
+      triangle: [64, 64] tile with the triangle of +-1/2.
       b: [64] float32 in shared memory, the cumulative log decay.
       row: [64] float32 scratch. Of two loads of b the compiler would make one, for which there is no layout.
     """
@@ -34,7 +34,7 @@ def write_decayed_scores(scores, a, mask, b, row):
     plgpu.commit_smem()
     across = plgpu.load(row, layout=_COLUMNS)
     decay = jnp.exp(jnp.minimum(along_rows(down) - lax.broadcast_in_dim(across, (CHUNK, CHUNK), (1,)), 0.0))
-    scores[...] = lower((a * decay).astype(scores.dtype), mask)
+    scores[...] = lower((a * decay).astype(scores.dtype), triangle)
     plgpu.commit_smem()
 
 
