@@ -25,8 +25,9 @@ is a product of decays. Right halves need only q and left halves only k, so one 
 under a mask. Every exponent is a sum of g over a range, a product of g with a matrix of zeros and ones: nothing is
 subtracted, and -inf (held at -120, whose exponential is 0 in float32) is exact.
 
-A warp reads and writes its own 16 rows of a tile; only wgmma reads all of a tile. So a tile is committed (a barrier
-of the warpgroup) after it is written, and once more between the last wgmma that reads it and the next write.
+A warp reads and writes its own 16 rows of a tile; only wgmma reads all of one, as its right operand. So a tile is
+committed (a barrier of the warpgroup) after it is written, and once more between the last wgmma that reads it and the
+next write.
 """
 
 from typing import Any, NamedTuple
@@ -251,7 +252,7 @@ def gate_tile(q, k, g, e, half, a, factors, tools, mild, wait_for_qk, done_with_
       q, k: [64 tokens, 64 channels] tiles; become q~ and k~.
       g: [parts, 64, 64], tiles that sum up to g; overwritten.
       e, half: `centre`'s.
-      a: [64, 64] float32, the sum of the scores of the chunk's tiles so far, to be masked; None for a chunk of one tile.
+      a: [64, 64] float32, the sum of the scores of the chunk's tiles so far, to be masked; None for one tile a chunk.
       factors: [3, 64] float32 for read, keep and post.
       tools: the gater's own.
       mild: the largest |B| that the centred form takes.
@@ -382,7 +383,7 @@ def _products(*sums):
 
 
 def _numbers(tools):
-    """Row numbers [64], column numbers [64, 64], that the compiler cannot make, and spill, ahead of a branch or loop."""
+    """Row numbers [64] and column numbers [64, 64], which the compiler cannot make, and spill, ahead of a branch."""
     rows = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=_ROWS)
     return rows + tools.number[0], _iotas()[1] + tools.number[0]
 
