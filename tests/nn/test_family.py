@@ -275,8 +275,11 @@ def test_bad_options_are_named(name, changes, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.large
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    # A layer's variants, named after a comma, are only tried exhaustively.
+    [pytest.param(name, marks=pytest.mark.exhaustive if "," in name else pytest.mark.large) for name in CONFIGS],
+)
 def test_a_quarter_of_2000_tokens_then_1500_single_steps(name):
     # flash-linear-attention's own generation test, with prompts of different lengths; its bound is 2e-3.
     config = CONFIGS[name].replace(implementation=None)

@@ -139,7 +139,6 @@ def test_weights_of_microbatches_are_of_tokens():
         np.testing.assert_allclose(results[0][1][name], results[1][1][name], rtol=1e-5)
 
 
-@pytest.mark.large
 def test_pieces_carry_the_state_and_stop_gradients():
     """The loss is that of whole rows, with segments that begin anywhere; the gradient is that of each piece alone."""
     ids = np.sort(np.random.default_rng(0).integers(0, 4, (8, 32)), axis=1)
