@@ -331,6 +331,7 @@ def _two_passes(q, k, v, g, starts, scale, initial_state, output_final_state, *,
         gate,
         interpret,
         chunks=own,
+        parts=parts,
         group=heads // kv_heads,
         gate_parts=gate_parts,
     )

@@ -1,6 +1,6 @@
 """The first of two passes: applies the gates of all chunks, in parallel, for scan_kernel.py.
 
-One block goes through some neighbouring chunks of one head. Its gaters, which share the channels of a chunk, work as in
+One block goes through some chunks of one head. Its gaters, which share the channels of a chunk, work as in
 the kernel of one pass (forward_kernel.py), but instead of giving tiles to matmul warpgroups they write q~, k~, a share
 of A each, and kappa, the chunk's decay. One more warpgroup loads and stores.
 """
@@ -42,15 +42,18 @@ def scratch(config, dtype, gate_parts, has_starts=False):
     }
 
 
-def gate_kernel(q, k, g, *refs, config, chunks, group, gate_parts, interpret):
+def gate_kernel(q, k, g, *refs, config, chunks, parts, group, gate_parts, interpret):
     """The body; refs are [marks], then `scan_kernel`'s operands, then the scratch, arguments as `forward_kernel`'s.
 
     chunks: those of one block.
+    parts: blocks of one head. They go from the last chunks to the first, all at once: what the second pass reads first
+      was written last, and is still in L2.
     """
     *marks, q_out, k_out, scores_out, kappa_out, s = refs
     c = config
     warpgroup = lax.axis_index("role")
-    batch, head, start = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part") * chunks
+    batch, head, part = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("part")
+    place = lambda n: (chunks - 1 - n) * parts + part
 
     @pl.when(warpgroup < c.gaters)
     def _gate():
@@ -68,14 +71,14 @@ def gate_kernel(q, k, g, *refs, config, chunks, group, gate_parts, interpret):
         sources = q.at[batch, :, head], k.at[batch, :, kv_head]
         gates = g.at[batch, :, kv_head] if gate_parts else g.at[batch, kv_head]
         outputs = tuple(x.at[batch, head] for x in (q_out, k_out, scores_out, kappa_out))
-        _move_chunks(s, c, start, chunks, gate_parts, sources, gates, [x.at[batch] for x in marks], outputs)
+        _move_chunks(s, c, place, chunks, gate_parts, sources, gates, [x.at[batch] for x in marks], outputs)
 
 
-def _move_chunks(s, c, start, chunks, gate_parts, sources, gates, marks, outputs):
-    """Loads tiles, and stores them when they are gated."""
+def _move_chunks(s, c, place, chunks, gate_parts, sources, gates, marks, outputs):
+    """Loads tiles, and stores them when they are gated; the n-th chunk of the block is number place(n) of the head."""
     copy = functools.partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.ZEROS)
     blocks = c.key_blocks
-    tokens = lambda n: pl.ds((start + n) * CHUNK, CHUNK)
+    tokens = lambda n: pl.ds(place(n) * CHUNK, CHUNK)
 
     def load_qk(n):
         for i in range(blocks):
@@ -98,7 +101,7 @@ def _move_chunks(s, c, start, chunks, gate_parts, sources, gates, marks, outputs
     def load_marks(n):
         for source in marks:
             slot = slot_of(n, c.score_slots)
-            copy(source.at[start + n], s["marks"].at[slot], s["marks_loaded"].at[slot])
+            copy(source.at[place(n)], s["marks"].at[slot], s["marks_loaded"].at[slot])
 
     def wait_g_free(n):
         for i in range(gate_tiles):
@@ -125,7 +128,7 @@ def _move_chunks(s, c, start, chunks, gate_parts, sources, gates, marks, outputs
         slots, k_slots = pl.ds(first, blocks), pl.ds(c.qk_slots + first, blocks)
         results = s["qk"].at[slots], s["qk"].at[k_slots], s["scores"].at[score_slot], s["factors"].at[0, slots]
         for result, out in zip(results, outputs, strict=True):
-            plgpu.copy_smem_to_gmem(result, out.at[start + n])
+            plgpu.copy_smem_to_gmem(result, out.at[place(n)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(s["scores_free"].at[score_slot])
         pl.when(n + ahead < chunks)(lambda: load_qk(n + ahead))
