@@ -262,7 +262,8 @@ def main():
     # The groups' processes need the memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     words = ["python", "-m", "benchmarks.op_gpu", *sys.argv[1:]]
-    lines, record = [], begin("op_gpu", words, packages=(), device="lowered only" if options.lower else None)
+    what = "op_gpu" if "bars" in (options.groups or GROUPS) else "op_gpu, values"
+    lines, record = [], begin(what, words, packages=(), device="lowered only" if options.lower else None)
 
     writing = threading.Lock()
 
