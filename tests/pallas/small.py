@@ -38,14 +38,19 @@ def arguments(kind, b, t, h, k, v, *, hk=None, dtype="bfloat16", gate_dtype=None
 
 def recurrence(q, k, v, g, scale, state):
     """o and the final state in float64, token by token."""
-    q, k, v, state = (np.asarray(x, np.float64) for x in (q, k, v, state))
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     decay = np.ones(k.shape[:3]) if g is None else np.exp(np.asarray(g, np.float64))
     decay = np.broadcast_to(decay.reshape(*decay.shape, *[1] * (4 - decay.ndim)), k.shape)
-    group, o = q.shape[2] // k.shape[2], []
-    for i in range(q.shape[1]):
-        state = decay[:, i, :, :, None] * state + k[:, i, :, :, None] * v[:, i, :, None, :]
-        o.append(np.einsum("bhk,bhkv->bhv", scale * q[:, i], np.repeat(state, group, 1)))
-    return np.stack(o, 1), state
+    o, final = np.zeros((*q.shape[:3], v.shape[3])), np.array(state, np.float64)
+    group = q.shape[2] // k.shape[2]
+    # Head by head, so that a state stays in the processor's cache.
+    for b, j in np.ndindex(*final.shape[:2]):
+        state, heads = final[b, j], slice(j * group, (j + 1) * group)
+        for i in range(q.shape[1]):
+            state *= decay[b, i, j, :, None]
+            state += np.outer(k[b, i, j], v[b, i, j])
+            o[b, i, heads] = scale * q[b, i, heads] @ state
+    return o, final
 
 
 def relative(x, reference):
