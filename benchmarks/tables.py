@@ -435,7 +435,16 @@ TABLES = {
 
 
 def with_tables(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables made anew.
+
+    Raises:
+      ValueError: a table's two marks are not one after the other, or name no table.
+    """
+    marks = re.findall(r"<!-- (?:(.+?), made by (\S+)|end of (.+?)) -->", page)
+    begun, ended = marks[::2], [end for _, _, end in marks[1::2]]
+    unknown = [name for name, maker, _ in begun if maker == "benchmarks/tables.py" and name not in TABLES]
+    if unknown or [name or None for name, _, _ in begun] != ended:
+        raise ValueError(f"marks of tables have to be pairs, of {', '.join(TABLES)}; got {marks}")
     for name, table in TABLES.items():
         begin, end = f"<!-- {name}, made by benchmarks/tables.py -->\n", f"<!-- end of {name} -->"
         if begin in page:

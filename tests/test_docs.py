@@ -72,6 +72,24 @@ def test_tables_are_those_of_the_results(name):
     assert tables.with_tables(page) == page
 
 
+def test_every_table_is_on_its_pages():
+    found = {
+        name: [page for page in tables.PAGES if f"<!-- {name}, made by" in (ROOT / page).read_text()]
+        for name in tables.TABLES
+    }
+    assert found["op timings"] == found["peers"] == ["README.md", "docs/performance.md"]
+    assert found["training speed"] == ["README.md"]
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize(
+    "page", ["<!-- peers, made by benchmarks/tables.py -->\n<!-- end of pears -->", "<!-- end of peers -->"]
+)
+def test_a_table_without_both_marks_is_an_error(page):
+    with pytest.raises(ValueError, match="pairs"):
+        tables.with_tables(page)
+
+
 def test_every_record_says_what_was_measured_where_and_when():
     for path in tables.RESULTS.glob("*.json"):
         record = json.loads(path.read_text())

@@ -32,7 +32,7 @@ from tests.interop.test_scoring import TASK
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(<!-- run by `make exhaustive`: [^\n]+ -->\n)?```sh\n(.*?)^```", re.M | re.S)
-OTHER = re.compile(r"^```(?!sh$|python$|text$|\{[\w-]+\}|$)|^(?!```)\n {4}\S", re.M)
+OTHER = re.compile(r"^```(?!sh$|python$|text$|\{(?!code)[\w-]+\}|$)|^ +```|^ *~~~|^(?!```)\n {4}\S", re.M)
 SMALL = [
     *("--data=my.txt", "--mesh.data=1", "--optimizer=adamw"),
     *("--batch=8", "--length=32", "--steps=2", "--eval-every=2", "--sample=8"),
