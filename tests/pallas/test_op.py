@@ -51,11 +51,16 @@ def test_trained_gates(dtype, gate_dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_small_keys_and_values_and_constant_gates(dtype):
-    check(shared(1, dtype=dtype, size=1e-2), MILD, **ON)
-    check(shared(3, dtype=dtype, size=1e-2, normalizer=0.05), STRONG, **ON)
-    for gate in ("none", "head"):
-        check(arguments(0, 1, TIME, 8, KEY, VALUE, gate=gate, dtype=dtype), WEAK, **ON)
+@pytest.mark.parametrize(("seed", "normalizer", "bound"), [(1, None, MILD), (3, 0.05, STRONG)], ids=["mild", "strong"])
+def test_small_keys_and_values(seed, normalizer, bound, dtype):
+    gates = {} if normalizer is None else {"normalizer": normalizer}
+    check(shared(seed, dtype=dtype, size=1e-2, **gates), bound, **ON)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("gate", ["none", "head"])
+def test_constant_gates(gate, dtype):
+    check(arguments(0, 1, TIME, 8, KEY, VALUE, gate=gate, dtype=dtype), WEAK, **ON)
 
 
 @pytest.mark.parametrize("time", [1, 15, 63, 65, 1000])
@@ -64,10 +69,14 @@ def test_lengths(time):
 
 
 @pytest.mark.parametrize("gate", ["vector", "scalar"])
-def test_segments_padding_and_direction(gate):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_padding_and_direction(reverse, gate):
     ids = np.repeat([0, 3, 3, -1, 1, -1, 0, 1], [40, 24, 70, 9, 1, 30, 60, 16])[None]
-    for reverse in (False, True):
-        check(shared(0, gate=gate, dtype="bfloat16"), MILD, segment_ids=ids, reverse=reverse, **ON)
+    check(shared(0, gate=gate, dtype="bfloat16"), MILD, segment_ids=ids, reverse=reverse, **ON)
+
+
+@pytest.mark.parametrize("gate", ["vector", "scalar"])
+def test_sequences_laid_end_to_end(gate):
     x = arguments(0, 1, TIME, 2, 64, 64, gate=gate, dtype="bfloat16", states=0)
     check(x, MILD, cu_seqlens=np.array([0, 30, 30, 128, 200]), **ON)
 
